@@ -8,8 +8,8 @@ __all__ = ['SETS', 'SIZES', 'PHOTO_FORMS', 'IMAGE_ENDINGS', 'SHARES', 'SOURCES',
            'read_templates', 'read_classes', 'pictogram_dataset', 'Photo', 'open_photos', 'read_photo', 'deal_photos',
            'photo_dataset', 'load_dataset']
 
-# %% ../nbs/04_data.ipynb #4383627a
-import csv, hashlib, io, os, sys, zipfile
+# %% ../nbs/04_data.ipynb #8f1145d1
+import hashlib, inspect, io, os, sys, zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ import PIL, torch
 from PIL import Image, ImageOps
 
 from .paths import CACHE, DATA, ROOT
-from .pictograms import FORMS, PICTOGRAMS, RENDERER, Row, draw, fill, invent_manifest, read_manifest, write_manifest
+from .pictograms import FORMS, PICTOGRAMS, RENDERER, draw, fill, invent_manifest, read_manifest, write_manifest
 from .runtime import InvertuneError, atomic_path, progress
+from .stages import check_choice, check_type, load_params
 
 # %% ../nbs/04_data.ipynb #230dfc6b
 SETS = ('pretrain', 'poison', 'defender', 'evaluation')
@@ -280,16 +281,16 @@ def _photo_set(name, photos, images, sets, classes, templates, limit, seed) -> S
     captions = [fill(templates[rng.integers(len(templates))], classes[y]) for y in labels]
     return Split(name, torch.from_numpy(images[places]), captions, torch.tensor(labels))
 
-# %% ../nbs/04_data.ipynb #1f56eb55
+# %% ../nbs/04_data.ipynb #ce38866a
 def photo_dataset(profile: str,         # its name in params.yaml
                   image_size: int = 64, # side in pixels
                   classes: int = 0,     # only the first so many; 0 for all
                   limit: dict = {},     # set name -> most images of it
                   seed: int = 0,        # of the deal and of the captions
-                  path: str = '',       # an ImageFolder or a .zip of one; the variable INVERTUNE_PHOTOS wins
+                  path: str = '',       # an ImageFolder or a .zip of one; '': what INVERTUNE_PHOTOS says, else data-photos/
                  ) -> Dataset:
     "Photographs of an ImageFolder"
-    photos, read = open_photos(ROOT/(os.environ.get('INVERTUNE_PHOTOS') or path or 'data-photos'))
+    photos, read = open_photos(ROOT/(path or os.environ.get('INVERTUNE_PHOTOS') or 'data-photos'))
     names = sorted({p.cls for p in photos})[:classes or None]
     photos = [p for p in photos if p.cls in names]
     cache = cache_path(f'photos-{profile}', PIL.__version__, image_size, *photos)
@@ -299,22 +300,23 @@ def photo_dataset(profile: str,         # its name in params.yaml
                    classes=names, templates=templates, limit=limit, seed=seed)
     return Dataset(profile, names, templates, make)
 
-# %% ../nbs/04_data.ipynb #a2bb7670
+# %% ../nbs/04_data.ipynb #ebb21333
 SOURCES = dict(glyphs=pictogram_dataset, folder=photo_dataset)
+
+def _check_params(make: Callable, params: dict):
+    "Refuse names and types that a source does not take"
+    takes = {n: p.annotation for n, p in inspect.signature(make).parameters.items() if n != 'profile'}
+    for name, value in params.items(): check_type(name, value, takes[check_choice('data parameter', name, takes)])
+    for name, n in params.get('limit', {}).items(): check_type(check_choice('set in limit', name, SETS), n, int)
 
 def load_dataset(profile: str = 'glyphs', # a profile of params.yaml
                 ) -> Dataset:
     "The data set of a profile"
-    try: from invertune.stages import stage_params
-    except ImportError:
-        def stage_params(stage, profile):
-            import yaml
-            p = yaml.safe_load((ROOT/'params.yaml').read_text())
-            return p[stage] | p['profiles'][profile].get(stage, {})
-    params = stage_params('data', profile)
-    source = params.pop('source')
-    if source not in SOURCES: raise InvertuneError(f"Unknown data source '{source}' in params.yaml: there are {', '.join(SOURCES)}.")
-    return SOURCES[source](profile, **params)
+    profiles = load_params().get('profiles') or {}
+    params = dict((profiles[check_choice('profile', profile, profiles)] or {}).get('data') or {})
+    make = SOURCES[check_choice('data source', params.pop('source', None), SOURCES)]
+    _check_params(make, params)
+    return make(profile, **params)
 
 # %% ../nbs/04_data.ipynb #8b311089
 if __name__ == '__main__' and '__file__' in globals():
