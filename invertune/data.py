@@ -8,7 +8,7 @@ __all__ = ['SETS', 'SIZES', 'PHOTO_FORMS', 'IMAGE_ENDINGS', 'SHARES', 'SOURCES',
            'read_templates', 'read_classes', 'pictogram_dataset', 'Photo', 'open_photos', 'read_photo', 'deal_photos',
            'photo_dataset', 'load_dataset']
 
-# %% ../nbs/04_data.ipynb #8f1145d1
+# %% ../nbs/04_data.ipynb #425006c1
 import hashlib, inspect, io, os, sys, zipfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from .paths import CACHE, DATA, ROOT
 from .pictograms import FORMS, PICTOGRAMS, RENDERER, draw, fill, invent_manifest, read_manifest, write_manifest
 from .runtime import InvertuneError, atomic_path, progress
-from .stages import check_choice, check_type, load_params
+from .stages import check_choice, check_type, stage_params
 
 # %% ../nbs/04_data.ipynb #230dfc6b
 SETS = ('pretrain', 'poison', 'defender', 'evaluation')
@@ -174,12 +174,12 @@ def _pictogram_set(name, folder, classes, image_size, limit) -> Split:
     images = cached_images(path, rows, partial(draw, image_size=image_size), image_size, f'draw {name}')
     return Split(name, torch.from_numpy(images), [r.caption for r in rows], torch.tensor([number[r.cls] for r in rows]))
 
-# %% ../nbs/04_data.ipynb #94c7fa98
+# %% ../nbs/04_data.ipynb #a4b2b4c9
 def pictogram_dataset(profile: str,         # its name in params.yaml
                       image_size: int = 64, # side in pixels
                       classes: int = 0,     # only the first so many; 0 for all
                       limit: dict = {},     # set name -> most images of it
-                      seed: int = 0,        # the manifests hold their own seeds: has no effect here
+                      deal: int = 0,        # for photographs; manifests hold their own seeds
                       path: str = '',       # where the manifests are, below the checkout
                      ) -> Dataset:
     "The pictograms of the manifests in git"
@@ -281,12 +281,12 @@ def _photo_set(name, photos, images, sets, classes, templates, limit, seed) -> S
     captions = [fill(templates[rng.integers(len(templates))], classes[y]) for y in labels]
     return Split(name, torch.from_numpy(images[places]), captions, torch.tensor(labels))
 
-# %% ../nbs/04_data.ipynb #ce38866a
+# %% ../nbs/04_data.ipynb #e423c2d7
 def photo_dataset(profile: str,         # its name in params.yaml
                   image_size: int = 64, # side in pixels
                   classes: int = 0,     # only the first so many; 0 for all
                   limit: dict = {},     # set name -> most images of it
-                  seed: int = 0,        # of the deal and of the captions
+                  deal: int = 0,        # seed of the deal into sets, and of the captions
                   path: str = '',       # an ImageFolder or a .zip of one; '': what INVERTUNE_PHOTOS says, else data-photos/
                  ) -> Dataset:
     "Photographs of an ImageFolder"
@@ -296,25 +296,24 @@ def photo_dataset(profile: str,         # its name in params.yaml
     cache = cache_path(f'photos-{profile}', PIL.__version__, image_size, *photos)
     images = cached_images(cache, photos, partial(read_photo, read=read, size=image_size), image_size, 'read photographs')
     names, templates = [n.replace('_', ' ') for n in names], read_templates(DATA/'photos'/'templates.txt')
-    make = partial(_photo_set, photos=photos, images=images, sets=deal_photos(photos, image_hashes(images), seed),
-                   classes=names, templates=templates, limit=limit, seed=seed)
+    make = partial(_photo_set, photos=photos, images=images, sets=deal_photos(photos, image_hashes(images), deal),
+                   classes=names, templates=templates, limit=limit, seed=deal)
     return Dataset(profile, names, templates, make)
 
-# %% ../nbs/04_data.ipynb #ebb21333
+# %% ../nbs/04_data.ipynb #ffe962d6
 SOURCES = dict(glyphs=pictogram_dataset, folder=photo_dataset)
 
 def _check_params(make: Callable, params: dict):
     "Refuse names and types that a source does not take"
     takes = {n: p.annotation for n, p in inspect.signature(make).parameters.items() if n != 'profile'}
-    for name, value in params.items(): check_type(name, value, takes[check_choice('data parameter', name, takes)])
+    for name, value in params.items(): check_type(name, value, takes[check_choice('parameter of data', name, takes)])
     for name, n in params.get('limit', {}).items(): check_type(check_choice('set in limit', name, SETS), n, int)
 
 def load_dataset(profile: str = 'glyphs', # a profile of params.yaml
                 ) -> Dataset:
     "The data set of a profile"
-    profiles = load_params().get('profiles') or {}
-    params = dict((profiles[check_choice('profile', profile, profiles)] or {}).get('data') or {})
-    make = SOURCES[check_choice('data source', params.pop('source', None), SOURCES)]
+    params = {n: v for n, v in stage_params('data', profile).items() if n not in ('profile', 'seed')}
+    make = SOURCES[check_choice('source of data', params.pop('source', None), SOURCES)]
     _check_params(make, params)
     return make(profile, **params)
 
