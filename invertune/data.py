@@ -8,7 +8,7 @@ __all__ = ['SETS', 'SIZES', 'PHOTO_FORMS', 'IMAGE_ENDINGS', 'SHARES', 'SOURCES',
            'read_templates', 'read_classes', 'pictogram_dataset', 'Photo', 'open_photos', 'read_photo', 'deal_photos',
            'photo_dataset', 'load_dataset']
 
-# %% ../nbs/04_data.ipynb #425006c1
+# %% ../nbs/04_data.ipynb #f7c68321
 import hashlib, inspect, io, os, sys, zipfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ import PIL, torch
 from PIL import Image, ImageOps
 
 from .paths import CACHE, DATA, ROOT
-from .pictograms import FORMS, PICTOGRAMS, RENDERER, draw, fill, invent_manifest, read_manifest, write_manifest
+from .pictograms import FORMS, PICTOGRAMS, draw, fill, invent_manifest, read_manifest, renderer, write_manifest
 from .runtime import InvertuneError, atomic_path, progress
 from .stages import check_choice, check_type, stage_params
 
@@ -164,13 +164,13 @@ def read_classes(path: Path, n: int = 0) -> list[str]: # n: only the first so ma
     if n > len(classes) or n == 1: raise InvertuneError(f'The parameter classes is {n}, but there are 2 to {len(classes)} to choose from.')
     return classes[:n or None]
 
-# %% ../nbs/04_data.ipynb #d182acac
+# %% ../nbs/04_data.ipynb #6460b3ce
 def _pictogram_set(name, folder, classes, image_size, limit) -> Split:
     "One set of the pictograms, drawn from its manifest"
     number = {c: i for i, c in enumerate(classes)}
     rows = [r for r in read_manifest(folder/f'{name}.csv') if r.cls in number]
     rows = [rows[i] for i in balanced([number[r.cls] for r in rows], limit.get(name))]
-    path = cache_path(f'glyphs-{name}', RENDERER, PIL.__version__, image_size, *rows)
+    path = cache_path(f'glyphs-{name}', renderer(), image_size, *(r.looks for r in rows))
     images = cached_images(path, rows, partial(draw, image_size=image_size), image_size, f'draw {name}')
     return Split(name, torch.from_numpy(images), [r.caption for r in rows], torch.tensor([number[r.cls] for r in rows]))
 
