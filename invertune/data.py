@@ -317,7 +317,8 @@ def load_dataset(profile: str = 'glyphs', # a profile of params.yaml
     _check_params(make, params)
     return make(profile, **params)
 
-# %% ../nbs/04_data.ipynb #8b311089
+# %% ../nbs/04_data.ipynb #d62ed7ae
 if __name__ == '__main__' and '__file__' in globals():
     if sys.argv[1:] != ['make']: sys.exit('usage: python -m invertune.data make')
-    make_manifests()
+    try: make_manifests()
+    except InvertuneError as e: sys.exit(f'invertune: {e}')
