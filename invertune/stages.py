@@ -273,7 +273,7 @@ def _why(
     if name == 'DeadKernelError': return "The notebook's process was killed, most likely because memory ran out."
     return text if name == 'InvertuneError' else f'{name}: {text.splitlines()[0] if text else "no message"}'
 
-# %% ../nbs/16_stages.ipynb #929d5b7c
+# %% ../nbs/16_stages.ipynb #d36cbe06
 def _papermill(
     notebook: Path,  # the stage notebook
     scratch: Path,   # where the half-done notebook lies while it runs
@@ -286,7 +286,8 @@ def _papermill(
     with TemporaryDirectory(prefix='invertune-') as sockets:
         os.environ['JUPYTER_RUNTIME_DIR'] = sockets
         return execute_notebook(notebook, scratch, params, kernel_name='python3', cwd=ROOT, progress_bar=False,
-                                config=Config(KernelManager={'transport': 'ipc'}))
+                                extra_arguments=['--IPKernelApp.log_level=50'],
+                                config=Config(KernelManager={'transport': 'ipc', 'ip': f'{sockets}/kernel'}))
 
 # %% ../nbs/16_stages.ipynb #b54984b6
 def _execute(
@@ -355,8 +356,8 @@ def main(
     except KeyboardInterrupt: print(f'invertune: {" ".join(words)}: interrupted', file=sys.stderr)
     return 1
 
-# %% ../nbs/16_stages.ipynb #67ea2cf0
+# %% ../nbs/16_stages.ipynb #0b739d95
 if __name__ == '__main__' and '__file__' in globals():
     import signal
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    for sig in signal.SIGINT, signal.SIGTERM: signal.signal(sig, signal.default_int_handler)  # a polite kill cleans up too
     sys.exit(main(sys.argv[1:]))
