@@ -6,24 +6,23 @@
 __all__ = ['InvertuneError', 'seed_everything', 'pick_device', 'set_threads', 'atomic_path', 'save_json', 'load_json', 'progress',
            'measure']
 
-# %% ../nbs/01_runtime.ipynb #f0d3ad45
+# %% ../nbs/01_runtime.ipynb #7e369746
 import json, os, random, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-# %% ../nbs/01_runtime.ipynb #ca1cc957
+# %% ../nbs/01_runtime.ipynb #a0d12a58
 class InvertuneError(Exception):
     "A failure that its reader can do something about, in one sentence."
 
-# %% ../nbs/01_runtime.ipynb #94a15f50
+# %% ../nbs/01_runtime.ipynb #d2e43315
 def seed_everything(
     seed: int,  # any integer from 0 to 2**32-1
 )->None:
     "Seed Python, NumPy and torch (with every GPU), and ask torch for algorithms that repeat."
+    import numpy as np, torch
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     random.seed(seed)
     np.random.seed(seed)
@@ -31,18 +30,20 @@ def seed_everything(
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
 
-# %% ../nbs/01_runtime.ipynb #740893db
-def pick_device()->torch.device:
+# %% ../nbs/01_runtime.ipynb #de20ee61
+def pick_device(): # a torch.device
     "The device named by `INVERTUNE_DEVICE`, else the GPU where there is one, else the CPU."
+    import torch
     name = os.environ.get('INVERTUNE_DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InvertuneError(f"INVERTUNE_DEVICE is '{name}', which this machine does not have; "
                              "unset it or write 'cpu'.") from e
 
-# %% ../nbs/01_runtime.ipynb #513d3509
+# %% ../nbs/01_runtime.ipynb #795699a0
 def set_threads()->int: # the number of threads torch will use
     "Use as many CPU threads as `INVERTUNE_THREADS` says, or torch's own choice where it is not set."
+    import torch
     wanted = os.environ.get('INVERTUNE_THREADS')
     if wanted:
         if not wanted.isdigit() or int(wanted) < 1:
@@ -50,14 +51,14 @@ def set_threads()->int: # the number of threads torch will use
         torch.set_num_threads(int(wanted))
     return torch.get_num_threads()
 
-# %% ../nbs/01_runtime.ipynb #81882275
+# %% ../nbs/01_runtime.ipynb #fb6f7d5e
 def _is_disk_error(
     error: BaseException,  # what a writer raised
 )->bool:                   # did the disk refuse?
     "Libraries in Rust or C++ report a full disk as an error of their own, with the system's words in it."
     return isinstance(error, OSError) or 'os error' in str(error).lower() or 'No space left' in str(error)
 
-# %% ../nbs/01_runtime.ipynb #74825a13
+# %% ../nbs/01_runtime.ipynb #a355eecb
 def _flush(
     path: Path,  # a file or a folder
 )->None:
@@ -66,7 +67,7 @@ def _flush(
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/01_runtime.ipynb #4edb88e3
+# %% ../nbs/01_runtime.ipynb #bff96134
 @contextmanager
 def atomic_path(
     path: str|Path,  # the file to make
@@ -86,7 +87,7 @@ def atomic_path(
         raise InvertuneError(f'Could not write {_short(path)} ({getattr(e, "strerror", None) or e}); '
                              'what was there before is untouched.') from e
 
-# %% ../nbs/01_runtime.ipynb #569ec21d
+# %% ../nbs/01_runtime.ipynb #9eda65a2
 def _forget(
     part: Path,  # a half-written file
 )->None:
@@ -100,7 +101,7 @@ def _short(
     "A path as a reader wants to see it."
     return min(os.path.relpath(path), str(path), key=len)
 
-# %% ../nbs/01_runtime.ipynb #0e81d7db
+# %% ../nbs/01_runtime.ipynb #f43439d5
 def save_json(
     path: str|Path,  # the file to make
     obj,             # dicts, lists, numbers, strings; arrays and tensors become lists
@@ -110,7 +111,7 @@ def save_json(
     except ValueError as e: raise InvertuneError(f'A number in {Path(path).name} is not finite; nothing was written.') from e
     with atomic_path(path) as part: part.write_text(text + '\n', encoding='utf-8')
 
-# %% ../nbs/01_runtime.ipynb #38b681ce
+# %% ../nbs/01_runtime.ipynb #b225cec4
 def load_json(
     path: str|Path,  # a file made by `save_json`
 ):                   # what was saved
@@ -121,13 +122,13 @@ def load_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InvertuneError(f'{_short(Path(path))} is damaged ({e}); delete it and run its stage again.') from e
 
-# %% ../nbs/01_runtime.ipynb #d5a83d91
+# %% ../nbs/01_runtime.ipynb #b3aacece
 class _Nowhere:
     "A file that takes everything and keeps nothing."
     def write(self, text): pass
     def flush(self): pass
 
-# %% ../nbs/01_runtime.ipynb #018ed660
+# %% ../nbs/01_runtime.ipynb #14ad9ae1
 class progress(tqdm):
     "tqdm that reports to the file named by `INVERTUNE_PROGRESS` where that is set."
     def __init__(self,
@@ -158,18 +159,19 @@ class progress(tqdm):
                        unit=d['unit'], elapsed=d['elapsed'], rate=d['n']/max(d['elapsed'], 1e-3), time=self._beat_at))
         except InvertuneError: pass
 
-# %% ../nbs/01_runtime.ipynb #3bdf521c
+# %% ../nbs/01_runtime.ipynb #c5759d5f
 def _peak_mb(
     reset: bool = False,  # forget the peak so far, where the system can
 )->float:                 # the largest resident size since, in MiB
     "Peak memory of this process; of the GPU where one is in use."
+    import torch
     if torch.cuda.is_available():
         if reset: torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()/2**20
     if reset and os.access('/proc/self/clear_refs', os.W_OK): Path('/proc/self/clear_refs').write_text('5')
     return _peak_rss_mb()
 
-# %% ../nbs/01_runtime.ipynb #5c2cf665
+# %% ../nbs/01_runtime.ipynb #987e2e25
 def _peak_rss_mb()->float:
     "From /proc where there is one (it can be reset), else from the system's accounting."
     status = Path('/proc/self/status')
@@ -179,7 +181,7 @@ def _peak_rss_mb()->float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak/2**20 if sys.platform == 'darwin' else peak/1024
 
-# %% ../nbs/01_runtime.ipynb #7d832672
+# %% ../nbs/01_runtime.ipynb #c84af14a
 class measure:
     "`with measure() as cost:` then `cost.seconds` and `cost.peak_mb`."
     def __enter__(self):
@@ -187,5 +189,6 @@ class measure:
         self.start, self.seconds, self.peak_mb = time.perf_counter(), 0., 0.
         return self
     def __exit__(self, *exc):
+        import torch
         if torch.cuda.is_available(): torch.cuda.synchronize()
         self.seconds, self.peak_mb = time.perf_counter() - self.start, _peak_mb()
