@@ -6,7 +6,7 @@
 __all__ = ['WIDTH', 'PRINT', 'COLORS', 'MARKERS', 'DASHES', 'VARIANTS', 'KINDS', 'METADATA', 'TERMS', 'NEEDS', 'FIGURES',
            'figure', 'looks', 'save_figure', 'heatmap', 'identification', 'gallery_row', 'amplification', 'gallery',
            'activation_differences', 'inversion_curves', 'tuning_curves', 'ca_against_asr', 'embedding_projection',
-           'seeds_intervals', 'read_record', 'target_index', 'figure_inputs', 'make_figure']
+           'seeds_intervals', 'read_record', 'figure_inputs', 'make_figure']
 
 # %% ../nbs/15_figures.ipynb #82518730
 import math
@@ -28,10 +28,10 @@ from .paths import result_dir
 from .runtime import InvertuneError, atomic_path, load_json
 from .tables import ATTACK_ORDER, DEFENSE_ORDER, main_table
 
-# %% ../nbs/15_figures.ipynb #d8807ffc
+# %% ../nbs/15_figures.ipynb #76635dcc
 WIDTH = 7.  # inches, the text width of a paper
 PRINT = {**sns.axes_style('ticks'), 'font.family': 'DejaVu Sans', 'font.size': 7, 'axes.titlesize': 8, 'axes.labelsize': 7,
-         'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.frameon': False, 'axes.linewidth': .6,
+         'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.frameon': False, 'legend.columnspacing': 1.1, 'axes.linewidth': .6,
          'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5, 'lines.linewidth': 1.1,
          'axes.spines.top': False, 'axes.spines.right': False, 'figure.constrained_layout.use': True,
          'figure.dpi': 120, 'savefig.dpi': 200, 'pdf.fonttype': 42}
@@ -47,12 +47,12 @@ def figure(
         return fig
     return drawn
 
-# %% ../nbs/15_figures.ipynb #e880ed39
+# %% ../nbs/15_figures.ipynb #f7097c69
 _shades = sns.color_palette('colorblind').as_hex()
 COLORS = [_shades[i] for i in (0, 1, 2, 3, 4, 9, 5, 7, 8, 6)]  # those that differ most in lightness first
 MARKERS, DASHES = ['X', 's', 'D', '^', 'o', 'v', 'P', '*'], ['-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2))]
-VARIANTS = {'paper': 'InverTune as published', 'ours': 'ours'}  # keys of the JSON files and their names in print
-KINDS = {'patch': 'patch', 'blend': 'whole-image', 'mask': 'free mask'}  # of perturbations and inverted triggers
+VARIANTS = {'paper': 'as published', 'ours': 'ours'}  # keys of the JSON files and their names in print
+KINDS = {'patch': 'patch', 'blend': 'whole image', 'mask': 'free mask'}  # of perturbations and inverted triggers
 
 def looks(
     names,       # attacks or defenses to draw
@@ -175,7 +175,7 @@ def amplification(
     reach = changed.quantile(.99).item() if len(changed) else .5
     return 2**int(np.clip(math.floor(math.log2(.5/reach)), 0, 5))
 
-# %% ../nbs/15_figures.ipynb #34ecda9a
+# %% ../nbs/15_figures.ipynb #9a77836d
 def _gallery_cells(row):
     "The seven pictures of one attack with what is written under each: (image, words)."
     clean, triggered = row['clean'], row['triggered']
@@ -183,7 +183,7 @@ def _gallery_cells(row):
     cells = [(clean, ''), (triggered, ''), (.5 + factor*(triggered - clean), f'× {factor}')]
     for variant in VARIANTS:
         bank = row[variant]
-        cells += [(bank[0](clean[None])[0], f'ASR {100*bank.asr[0]:.1f} %'), (bank.mask[0, 0], f'{KINDS[bank.kind[0]]}, L1 {bank.l1(0):.0f}')]
+        cells += [(bank[0](clean[None])[0], f'ASR {100*bank.asr[0]:.1f} %'), (bank.mask[0, 0], f'{KINDS.get(bank.kind[0], bank.kind[0])}, L1 {bank.l1(0):.0f}')]
     return cells
 
 @figure
@@ -233,7 +233,7 @@ def activation_differences(
     fig.legend([*marks, plt.Rectangle((0, 0), 1, 1, color='.92')], ['before tuning', 'after tuning', 'tuned layer'], loc='outside upper center', ncols=3)
     return fig
 
-# %% ../nbs/15_figures.ipynb #7ff4ea9a
+# %% ../nbs/15_figures.ipynb #26b152b0
 def _log_axis(axis):
     "A log scale with plain numbers; losses of two models can lie a factor of a hundred apart."
     axis.axes.set_yscale('log')
@@ -252,11 +252,10 @@ def _bank_points(ax, inverted):
     kinds = list(dict.fromkeys(t['kind'] for content in inverted.values() for t in content['ours']['triggers']))
     for i, kind in enumerate(kinds):
         points = [(k, 100*t['inverted_asr']) for k, content in enumerate(inverted.values()) for t in content['ours']['triggers'] if t['kind'] == kind]
-        ax.plot(*zip(*points), MARKERS[i + 3], color=COLORS[i], ms=5, mfc='none', label=KINDS[kind])
+        ax.plot(*zip(*points), MARKERS[i + 3], color=COLORS[i], ms=5, mfc='none', label=KINDS.get(kind, kind))
     ax.set_xticks(range(len(inverted)), list(inverted), rotation=30, ha='right')
-    ax.legend(loc='lower right', title='ours: kind of trigger', title_fontsize=7)
 
-# %% ../nbs/15_figures.ipynb #c20f16eb
+# %% ../nbs/15_figures.ipynb #abd50883
 @figure
 def inversion_curves(
     inverted:dict,    # attack -> content of its invert.json
@@ -275,7 +274,8 @@ def inversion_curves(
     loss.set(title='as published: loss', xlabel='step', ylabel='loss')
     asr.set(title='as published: inverted ASR', xlabel='step')
     bank.set(title='ours: every trigger of the bank')
-    fig.legend(*loss.get_legend_handles_labels(), loc='outside upper center', ncols=8)
+    lines, points = loss.get_legend_handles_labels(), bank.get_legend_handles_labels()
+    fig.legend(lines[0] + points[0], lines[1] + [f'ours, {kind}' for kind in points[1]], loc='outside upper center', ncols=8)
     return fig
 
 # %% ../nbs/15_figures.ipynb #f47ecb50
@@ -301,7 +301,7 @@ def tuning_curves(
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=8)
     return fig
 
-# %% ../nbs/15_figures.ipynb #e87da1d8
+# %% ../nbs/15_figures.ipynb #13500c39
 def _scatter(ax, attack, attacked, style):
     "One attack: its defenses as markers, everything else as a pale backdrop."
     ax.plot(attacked['asr'], attacked['ca'], '.', color='.85', ms=4, zorder=0)
@@ -315,11 +315,12 @@ def _scatter(ax, attack, attacked, style):
 @figure
 def ca_against_asr(
     table:pd.DataFrame,  # a main table, percent
-    columns:int=3,       # panels a row
+    columns:int=3,       # most panels a row
 ):                       # figure: one panel an attack, the defenses as points with 95 % intervals
     "What each defense costs in CA for what it takes from ASR."
     attacked = table[table['attack'] != 'clean']
     attacks, style = attacked['attack'].unique(), looks(attacked['defense'].unique(), DEFENSE_ORDER)
+    columns = min(columns, len(attacks))
     lines = math.ceil(len(attacks)/columns)
     fig, axs = plt.subplots(lines, columns, figsize=(WIDTH, .6 + 1.55*lines), sharex=True, sharey=True, squeeze=False)
     for ax in axs.flat[len(attacks):]: ax.set_visible(False)
@@ -331,13 +332,14 @@ def ca_against_asr(
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=6)
     return fig
 
-# %% ../nbs/15_figures.ipynb #adcc99dd
+# %% ../nbs/15_figures.ipynb #7a4cb213
 def _projected(tensors, defenses):
     "The plane of the undefended clean embeddings, and what lies where in it: name -> [n,2]."
-    for name in [f'{d}.{part}' for d in ('none', *defenses) for part in ('clean', 'triggered')] + ['labels']:
+    parts = [f'{defense}.{part}' for defense in defenses for part in ('clean', 'triggered')]
+    for name in ['labels', 'target', 'none.clean', *parts]:
         if name not in tensors: raise InvertuneError(f"The embeddings lack '{name}': run the evaluate stage again with all defenses.")
     plane = PCA(n_components=2, svd_solver='full').fit(tensors['none.clean'].numpy())
-    return {name: plane.transform(tensors[name].numpy()) for name in tensors if name != 'labels'}
+    return {name: plane.transform(tensors[name].numpy()) for name in parts}
 
 def _cloud(ax, clean, triggered, is_target):
     "Clean images of other classes, of the target class, and triggered images that are not of the target class."
@@ -345,19 +347,18 @@ def _cloud(ax, clean, triggered, is_target):
     ax.scatter(*clean[~is_target].T, color='.75', marker='o', label='clean, other classes', **style)
     ax.scatter(*triggered[~is_target].T, color=COLORS[3], marker='^', alpha=.6, label='triggered, other classes', **style)
     ax.scatter(*clean[is_target].T, color=COLORS[0], marker='s', label='clean, target class', **style)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], box_aspect=1)
 
-# %% ../nbs/15_figures.ipynb #a6ca3bf3
+# %% ../nbs/15_figures.ipynb #d1739a01
 @figure
 def embedding_projection(
-    embeddings:dict,                  # attack -> tensors '<defense>.clean', '<defense>.triggered' [n,D] and 'labels' [n]
-    targets:dict,                     # attack -> index of its true target class
+    embeddings:dict,                  # attack -> tensors '<defense>.clean', '<defense>.triggered' [n,D], 'labels' [n], 'target' [1]
     defenses=('none', 'invertune'),   # rows of the figure
 ):                                    # figure: defenses x attacks
     "Where clean and triggered images lie before and after a defense."
     fig, axs = plt.subplots(len(defenses), len(embeddings), figsize=(WIDTH, .5 + 1.2*len(defenses)), sharex='col', sharey='col', squeeze=False)
     for column, (attack, tensors) in zip(axs.T, embeddings.items()):
-        places, is_target = _projected(tensors, defenses), tensors['labels'].numpy() == targets[attack]
+        places, is_target = _projected(tensors, defenses), (tensors['labels'] == tensors['target']).numpy()
         for ax, defense in zip(column, defenses): _cloud(ax, places[f'{defense}.clean'], places[f'{defense}.triggered'], is_target)
         column[0].set_title(attack)
     for ax, defense in zip(axs[:, 0], defenses): ax.set_ylabel('undefended' if defense == 'none' else defense)
@@ -412,16 +413,7 @@ def read_record(
         if missing: raise InvertuneError(f"{file} lacks {', '.join(missing)} of the variant '{variant}': run the {stage} stage again.")
     return content
 
-# %% ../nbs/15_figures.ipynb #dc0592b2
-def target_index(
-    classes:list,  # class names, in the order of the labels
-    name:str,      # true target of an attack, as the evaluation wrote it
-    attack:str,    # for the sentence
-)->int:            # its label
-    "The label of a target; a name from another data set is refused."
-    if name not in classes: raise InvertuneError(f"The target of {attack} is {name!r}, which is none of the {len(classes)} classes of its identification.")
-    return classes.index(name)
-
+# %% ../nbs/15_figures.ipynb #9649043f
 def figure_inputs(
     profile:str,         # results/<profile> is read
     rows:list,           # evaluated rows, as `tables.collect_rows` gives them
@@ -430,13 +422,12 @@ def figure_inputs(
 )->dict:                 # what FIGURES draw, by the name of what it is
     "Read what the stages left behind."
     truth = {row['attack']: row['target'] for row in rows if row['attack'] in attacks}
-    data = {stage: {attack: read_record(profile, stage, attack) for attack in attacks} for stage in NEEDS}
-    return data | {'table': main_table(rows), 'truth': truth,
-                   'targets': {attack: target_index(data['identify'][attack]['classes'], truth[attack], attack) for attack in attacks},
-                   'gallery': {attack: gallery_row(profile, attack, sample) for attack in attacks},
-                   'embeddings': {attack: read_tensors(result_dir(profile, 'evaluate', attack)/'embeddings.safetensors')[0] for attack in attacks}}
+    records = {stage: {attack: read_record(profile, stage, attack) for attack in attacks} for stage in NEEDS}
+    return {**records, 'table': main_table(rows), 'truth': truth,
+            'gallery': {attack: gallery_row(profile, attack, sample) for attack in attacks},
+            'embeddings': {attack: read_tensors(result_dir(profile, 'evaluate', attack)/'embeddings.safetensors')[0] for attack in attacks}}
 
-# %% ../nbs/15_figures.ipynb #b090c2cf
+# %% ../nbs/15_figures.ipynb #badfc480
 FIGURES = {'heatmap': lambda data: heatmap(data['table']),
            'ca_against_asr': lambda data: ca_against_asr(data['table']),
            'gallery': lambda data: gallery(data['gallery']),
@@ -444,7 +435,7 @@ FIGURES = {'heatmap': lambda data: heatmap(data['table']),
            'inversion_curves': lambda data: inversion_curves(data['invert']),
            'activation_differences': lambda data: activation_differences(data['tune']),
            'tuning_curves': lambda data: tuning_curves(data['tune']),
-           'embedding_projection': lambda data: embedding_projection(data['embeddings'], data['targets'])}
+           'embedding_projection': lambda data: embedding_projection(data['embeddings'])}
 
 def make_figure(
     name:str,   # a key of FIGURES

@@ -93,7 +93,7 @@ def read_rows(
     if not isinstance(rows, list) or not rows: raise InvertuneError(f"{path} is not an evaluation of ours: it has no list of rows.")
     return [check_row(row, path) for row in rows]
 
-# %% ../nbs/14_tables.ipynb #c145974b
+# %% ../nbs/14_tables.ipynb #12e3feac
 def expect_rows(
     rows:list,      # rows that were read
     attacks:list,   # attacks that must be there, without 'clean'
@@ -112,7 +112,8 @@ def collect_rows(
     defenses:list,  # expected defenses
 )->list:            # evaluated rows (fractions), the clean model first
     "The evaluation of a whole profile."
-    files = [result_dir(profile, 'evaluate', attack)/'metrics.json' for attack in ['clean', *attacks]]
+    folders = [result_dir(profile, 'train', 'clean'), *(result_dir(profile, 'evaluate', attack) for attack in attacks)]
+    files = [folder/'metrics.json' for folder in folders]
     return expect_rows([row for file in files for row in read_rows(file)], attacks, defenses)
 
 # %% ../nbs/14_tables.ipynb #02132b99
@@ -148,7 +149,7 @@ def main_table(
     lines = [_one_row(*pair, group) for pair, group in sorted(groups, key=lambda item: rank(*item[0]))]
     return pd.DataFrame(lines)[COLUMNS].round(2)
 
-# %% ../nbs/14_tables.ipynb #2076f281
+# %% ../nbs/14_tables.ipynb #f66d0805
 SUMMARY = ['defense', 'attacks', 'ca', 'ca_fall', 'asr', 'asr_fall', 'asr_relative_fall', 'asr_worst']
 
 def _summary_row(defense, rows, undefended):
@@ -164,6 +165,8 @@ def summary_table(
     "What each defense does on the mean over the attacks."
     attacked = table[table['attack'] != 'clean'].set_index('attack')
     undefended = attacked[attacked['defense'] == 'none']
+    alone = sorted(set(attacked.index) - set(undefended.index))
+    if alone: raise InvertuneError(f"A summary needs the undefended model of each attack: the defense 'none' is missing for {', '.join(alone)}.")
     lines = [_summary_row(defense, rows, undefended) for defense, rows in attacked.groupby('defense', sort=False)]
     return pd.DataFrame(lines, columns=SUMMARY).round(2)
 
