@@ -1,0 +1,62 @@
+# make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
+# make test    everything that can be checked in 20 minutes
+# make lab     JupyterLab on the notebooks
+# make docs    HTML of all notebooks in _docs/
+# make prepare what to run before a commit: modules, clean notebooks, README
+# make outputs run the library notebooks, so that readers see what they show
+# make clean   remove what can be made again, but neither results/ nor .venv
+
+PYTHON  ?= python3
+PROFILE ?=
+BIN     := .venv/bin
+READY   := .venv/ready
+
+export OMP_WAIT_POLICY = PASSIVE
+export HF_HUB_OFFLINE = 1
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
+
+.PHONY: repro test lab docs readme prepare outputs clean
+
+repro: $(READY)
+	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
+
+# The environment is made once, and again when its description changes.
+$(READY): settings.ini constraints.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(READY)
+	@echo '== 1/5 modules, notebooks and README belong together'
+	@$(BIN)/python -m pytest -q tests/test_sync.py
+	@echo '== 2/5 library notebooks'
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs --skip_folder_re '^(pipeline|[.])'
+	@echo '== 3/5 stage notebooks, with their own small defaults, one after the other'
+	@$(BIN)/nbdev_test --n_workers 0 --do_print --path nbs/pipeline
+	@echo '== 4/5 tests'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/test_sync.py --ignore tests/test_smoke.py
+	@echo '== 5/5 the smoke pipeline, twice'
+	@$(BIN)/python -m pytest -q -s tests/test_smoke.py
+	@echo '== all passed'
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+docs: $(READY)
+	@$(BIN)/python -m invertune.pages docs
+
+readme: $(READY)
+	@$(BIN)/python -m invertune.pages readme
+
+prepare: $(READY)
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory readme
+
+outputs: $(READY)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	$(BIN)/nbdev_clean
+
+clean:
+	rm -rf .cache _docs _proc build *.egg-info .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
