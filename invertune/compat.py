@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['REPAIRED', 'repair_torchvision']
 
-# %% ../nbs/02_compat.ipynb #873edf0b
+# %% ../nbs/02_compat.ipynb #b753a9d5
 import sys
 import torch
 
-# %% ../nbs/02_compat.ipynb #da17bd3a
+# %% ../nbs/02_compat.ipynb #52b69502
 _NMS = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'  # torchvision's own schema of both operators
 
-# %% ../nbs/02_compat.ipynb #748595f5
+# %% ../nbs/02_compat.ipynb #9653c315
 def _forget_torchvision()->None:
     "A failed import leaves half of the package behind: remove it before the next try."
     for name in [m for m in sys.modules if m.split('.')[0] == 'torchvision']: del sys.modules[name]
 
-# %% ../nbs/02_compat.ipynb #b6223469
+# %% ../nbs/02_compat.ipynb #77b990ab
 def repair_torchvision()->bool: # was a repair needed?
     "Import torchvision; where only the missing operators stand in the way, declare them and import it again."
     try: import torchvision
@@ -29,5 +29,5 @@ def repair_torchvision()->bool: # was a repair needed?
         return True
     return False
 
-# %% ../nbs/02_compat.ipynb #2c21bba6
+# %% ../nbs/02_compat.ipynb #8c009bcc
 REPAIRED = repair_torchvision()  # True on machines with a CPU build of torch

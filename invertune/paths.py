@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROOT', 'NBS', 'DATA', 'RESULTS', 'CACHE', 'PARAMS', 'find_root', 'result_dir']
 
-# %% ../nbs/00_paths.ipynb #2685c382
+# %% ../nbs/00_paths.ipynb #efb79011
 import os
 from pathlib import Path
 
-# %% ../nbs/00_paths.ipynb #b02888a0
+# %% ../nbs/00_paths.ipynb #af1788e9
 def _is_root(
     folder: Path,  # any folder
 )->bool:           # does it hold this project's settings.ini?
@@ -17,7 +17,7 @@ def _is_root(
     ini = folder/'settings.ini'
     return ini.is_file() and 'lib_name = invertune' in ini.read_text(encoding='utf-8')
 
-# %% ../nbs/00_paths.ipynb #3024cd64
+# %% ../nbs/00_paths.ipynb #a4fce71b
 def find_root(
     *starts: Path,  # folders (or files) to climb from, tried in this order
 )->Path:            # the first root on the way up
@@ -29,13 +29,13 @@ def find_root(
     raise FileNotFoundError(f'No settings.ini of invertune above {", ".join(map(str, starts))}: '
                             'set INVERTUNE_ROOT to the checkout.')
 
-# %% ../nbs/00_paths.ipynb #770230da
+# %% ../nbs/00_paths.ipynb #023ee69e
 def _root()->Path:
     "`INVERTUNE_ROOT` if it is set, else the checkout around the working directory, else the one around this file."
     if os.environ.get('INVERTUNE_ROOT'): return Path(os.environ['INVERTUNE_ROOT']).resolve()
     return find_root(Path.cwd(), globals().get('__file__', '.'))
 
-# %% ../nbs/00_paths.ipynb #3a424c03
+# %% ../nbs/00_paths.ipynb #b38bb876
 ROOT = _root()               # the checkout
 NBS = ROOT/'nbs'             # library notebooks; stage notebooks in nbs/pipeline
 DATA = ROOT/'data'           # inputs only: manifests, class names, templates
@@ -43,7 +43,7 @@ RESULTS = ROOT/'results'     # what the stages made
 CACHE = ROOT/'.cache'        # drawn images, failed notebooks: may be deleted at any time
 PARAMS = ROOT/'params.yaml'  # every number of the pipeline
 
-# %% ../nbs/00_paths.ipynb #b3582d37
+# %% ../nbs/00_paths.ipynb #66eacff4
 def result_dir(
     profile: str,   # which data and scale: a profile of params.yaml
     stage: str,     # such as 'poison'

@@ -47,7 +47,7 @@ def _dvc():
         with Repo(str(ROOT)) as repo: yield repo
     except DvcException as e: raise InvertuneError(f'DVC: {" ".join(str(e).split())}.') from e
 
-# %% ../nbs/17_pipeline.ipynb #b7a78352
+# %% ../nbs/17_pipeline.ipynb #123613f7
 def read_plan(
     targets: list[str],     # stage names as DVC writes them, such as 'report@glyphs'
 )->dict[str, set[str]]:     # stage -> what it waits for, ancestors first
@@ -58,7 +58,7 @@ def read_plan(
         by_name = {s.addressing: s for s in graph}
         wanted = {by_name[check_choice('stage', t, by_name)] for t in targets}
         wanted |= {up for s in wanted for up in descendants(graph, s)}
-        order = [s for s in reversed(list(topological_sort(graph))) if s in wanted]
+        order = [s for s in topological_sort(graph.reverse(copy=False)) if s in wanted]
         return {s.addressing: {up.addressing for up in graph.successors(s)} for s in order}
 
 # %% ../nbs/17_pipeline.ipynb #49a7e2b8

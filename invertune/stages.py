@@ -88,8 +88,8 @@ def check_parameters(
     check = {n: check_type if isinstance(k, type) else check_choice for n, k in known.items()}
     return {n: check[n](n, values[n], k) for n, k in known.items()}
 
-# %% ../nbs/16_stages.ipynb #125ea188
-STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'seeds'  # in the pipeline's order
+# %% ../nbs/16_stages.ipynb #a773ec87
+STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'seeds'  # in order
 
 def stage_notebook(
     stage: str,  # such as 'poison'

@@ -1,0 +1,90 @@
+"Bad parameters and failing notebooks: one sentence, a non-zero exit, and earlier results as they were."
+import ast
+import json
+
+import nbformat
+import papermill
+import pytest
+
+from invertune.paths import NBS, ROOT
+from invertune.runtime import InvertuneError
+from invertune.stages import load_params
+
+STAGE_NOTEBOOKS = sorted((NBS/'pipeline').glob('[0-9]*.ipynb'))
+
+
+def said(ran):
+    "The one sentence of a failed command."
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    lines = [l for l in ran.stderr.splitlines() if l.strip()]
+    assert len(lines) == 1 and lines[0].startswith('invertune: '), ran.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (('poison', 'atack=sig'), "Unknown parameter 'atack': did you mean 'attack'?"),
+    (('poison', 'lr=1e-5'), 'such as 1.0e-05'),
+    (('poison', 'epochs=false'), 'write a whole number'),
+    (('poison', 'epochs="2"'), 'write a whole number'),
+    (('poison', 'profile=glyhps'), "did you mean 'glyphs'?"),
+    (('poisson',), "did you mean 'poison'?"),
+    (('poison', 'badnet'), 'write name=value'),
+    (('poison', 'lr=['), 'not YAML'),
+    ((), 'Which stage?'),
+])
+def test_refused_before_a_kernel_starts(checkout, words, sentence):
+    assert sentence in said(checkout.run('stages', *words))
+    assert not (checkout.root/'results').exists() and not (checkout.root/'.cache').exists()
+
+
+@pytest.mark.parametrize('text, sentence', [
+    ('posion: {lr: 1.0}\n', "did you mean 'poison'?"),
+    ('profiles: {glyphs: {trian: {}}}\n', "did you mean 'train'?"),
+    ('seed: [1\n', 'is not YAML'),
+    ('just words\n', 'holds no sections'),
+])
+def test_params_yaml_is_refused(tmp_path, text, sentence):
+    (tmp_path/'params.yaml').write_text(text)
+    with pytest.raises(InvertuneError, match=sentence.replace('?', r'\?')): load_params(tmp_path/'params.yaml')
+
+
+def test_params_yaml_with_a_number_that_is_text(checkout):
+    file = checkout.root/'params.yaml'
+    file.write_text(file.read_text().replace('1.0e-3', '1e-3'))
+    assert "Parameter 'lr' is '1e-3'" in said(checkout.run('stages', 'poison'))
+
+
+def test_run_and_failures_leave_earlier_results(checkout):
+    "A good run, then three kinds of failure: the good run's files do not change by a byte."
+    folder = checkout.root/'results'/'smoke'/'poison'/'sig'
+    ran = checkout.run('stages', 'poison', 'attack=sig', 'profile=smoke')
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((folder/'metrics.json').read_text()) == {'epochs': 1, 'seed': 3}
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert set(before) == {'metrics.json', 'poison.ipynb'}
+    assert str(checkout.root) not in before['poison.ipynb'].decode()
+    for fail, sentence in ('sentence', 'The attack did not take.'), ('defect', 'ZeroDivisionError'), ('killed', 'memory'):
+        assert sentence in said(checkout.run('stages', 'poison', 'attack=sig', 'profile=smoke', f'fail={fail}'))
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    kept = nbformat.read(checkout.root/'.cache'/'failed'/'poison-smoke-sig.ipynb', 4)
+    assert any("fail = \"killed\"" in c.source for c in kept.cells)
+
+
+def test_the_notebook_itself_refuses(checkout, tmp_path, monkeypatch):
+    "Papermill alone only warns: run past our runner, the notebook has to stop."
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    run = lambda **given: papermill.execute_notebook(checkout.root/'nbs'/'pipeline'/'30_poison.ipynb', tmp_path/'out.ipynb', given,
+                                                     kernel_name='python3', progress_bar=False)
+    for given, name in ({'epoch': 9}, "did you mean 'epochs'"), ({'attack': 'sigg'}, "Unknown attack"), ({'lr': '1e-5'}, '1.0e-05'):
+        with pytest.raises(papermill.PapermillExecutionError, match=name): run(**given)
+
+
+@pytest.mark.parametrize('notebook', STAGE_NOTEBOOKS, ids=lambda p: p.stem)
+def test_stage_notebook_checks_every_parameter(notebook):
+    "The first code cell after the parameters names each of them in its call of check_parameters."
+    cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == 'code']
+    at = next(i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', []))
+    declared = [t.id for node in ast.parse(cells[at].source).body if isinstance(node, ast.Assign) for t in node.targets]
+    calls = [n for n in ast.walk(ast.parse(cells[at+1].source)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'check_parameters']
+    assert len(calls) == 1, 'no check_parameters after the parameters cell'
+    assert [k.arg for k in calls[0].keywords] == declared

@@ -1,0 +1,42 @@
+"What is generated belongs to what it is generated from: modules and README to their notebooks, and notebooks are clean."
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from invertune.pages import readme_text
+from invertune.paths import ROOT
+
+
+@pytest.fixture(scope='module')
+def generated(tmp_path_factory):
+    "A copy of the notebooks, exported and cleaned as `make prepare` does it."
+    copy = tmp_path_factory.mktemp('copy')
+    for name in 'settings.ini', 'pyproject.toml': shutil.copy(ROOT/name, copy)
+    shutil.copytree(ROOT/'nbs', copy/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '.last_checked'))
+    code = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_export(); nbdev_clean()'
+    subprocess.run([sys.executable, '-c', code], cwd=copy, check=True)
+    return copy
+
+
+def modules(root): return {p.name: p.read_text() for p in (root/'invertune').glob('*.py')}
+
+
+def test_modules_equal_notebooks(generated):
+    made, kept = modules(generated), modules(ROOT)
+    assert set(kept) == set(made), 'a module without a notebook, or a notebook that was never exported'
+    assert [n for n in kept if kept[n] != made[n]] == [], 'run `make prepare`'
+
+
+def test_notebooks_are_clean(generated):
+    "No execution counts, no metadata but tags: a diff shows what changed."
+    books = sorted((ROOT/'nbs').rglob('[!.]*.ipynb'))
+    load = lambda path: json.loads(path.read_text())
+    dirty = [b.name for b in books if '.ipynb_checkpoints' not in b.parts and load(b) != load(generated/b.relative_to(ROOT))]
+    assert dirty == [], 'run `make prepare`'
+
+
+def test_readme_equals_front_page():
+    assert (ROOT/'README.md').read_text() == readme_text(), 'run `make readme`'
