@@ -88,8 +88,8 @@ def check_parameters(
     check = {n: check_type if isinstance(k, type) else check_choice for n, k in known.items()}
     return {n: check[n](n, values[n], k) for n, k in known.items()}
 
-# %% ../nbs/16_stages.ipynb #a773ec87
-STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'seeds'  # in order
+# %% ../nbs/16_stages.ipynb #f688b467
+STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'seed', 'seeds'  # in order
 
 def stage_notebook(
     stage: str,  # such as 'poison'
@@ -126,7 +126,15 @@ def known_profiles()->list[str]: # names of the profiles of params.yaml
     "What `profile` may be."
     return list(load_params().get('profiles') or {})
 
-# %% ../nbs/16_stages.ipynb #c43e26f2
+# %% ../nbs/16_stages.ipynb #bfa69dc6
+def _section(
+    tree: dict,   # params.yaml, or what a profile changes in it
+    stage: str,   # such as 'poison'
+)->dict:          # the parameters of the stage
+    "The stage `seed` has no section: that name is a number, and the stage repeats the others with theirs."
+    return {} if stage == 'seed' else tree.get(stage) or {}
+
+# %% ../nbs/16_stages.ipynb #9511df56
 def merge_params(
     params: dict,  # a whole params.yaml
     stage: str,    # such as 'poison'
@@ -134,7 +142,7 @@ def merge_params(
 )->dict:           # profile, seed and every parameter of the stage
     "The stage's section, with what the profile changes in it."
     changes = params['profiles'][check_choice('profile', profile, params.get('profiles') or {})] or {}
-    section, over = params.get(stage) or {}, changes.get(stage) or {}
+    section, over = _section(params, stage), _section(changes, stage)
     for name in over: check_choice(f"parameter of {stage} in profile '{profile}'", name, section)
     return {'profile': profile, 'seed': changes.get('seed', params.get('seed', 0)), **section, **over}
 
@@ -174,8 +182,8 @@ def check_against(
         if default is not None and default is not ...: check_type(name, value, type(default))
     return given
 
-# %% ../nbs/16_stages.ipynb #bb83100a
-KEYS = 'attack', 'defense'         # matrix parameters that make the key of a run, in this order
+# %% ../nbs/16_stages.ipynb #95567c85
+KEYS = 'attack', 'defense', 'seed' # matrix parameters that make the key of a run, in this order
 LONE_KEYS = {'train': 'clean'}     # stages that run once but whose model has a name; others have the key ''
 
 def run_key(
@@ -183,7 +191,7 @@ def run_key(
     given: dict,  # parameters from the command line
 )->str:           # such as 'badnet-ft'
     "Which run of the stage this is."
-    return '-'.join(given[k] for k in KEYS if k in given) or LONE_KEYS.get(stage, '')
+    return '-'.join(str(given[k]) for k in KEYS if k in given) or LONE_KEYS.get(stage, '')
 
 def run_threads(
     given: dict,  # parameters from the command line
