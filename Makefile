@@ -1,4 +1,5 @@
 # make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
+# make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make lab     JupyterLab on the notebooks
 # make docs    HTML of all notebooks in _docs/
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro test lab docs readme prepare outputs clean
+.PHONY: repro check test lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -25,6 +26,9 @@ $(READY): settings.ini constraints.txt setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+check: $(READY)
+	@$(BIN)/python -m invertune.tables check $(if $(PROFILE),--profile $(PROFILE))
 
 test: $(READY)
 	@echo '== 1/5 modules, notebooks and README belong together'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['switched', 'switch_profile', 'read_plan', 'spread', 'stale_stages', 'ready', 'default_jobs', 'check_jobs', 'Job',
            'start', 'stop', 'only_one', 'is_locked', 'reason', 'kind', 'expected_seconds', 'seconds_left', 'load_costs',
-           'clock', 'headline', 'Screen', 'Run', 'confirm', 'show_results', 'run_pipeline', 'main']
+           'clock', 'headline', 'Screen', 'Run', 'publish_costs', 'confirm', 'show_results', 'run_pipeline', 'main']
 
 # %% ../nbs/17_pipeline.ipynb #bd908515
 import argparse, fcntl, os, re, shutil, signal, subprocess, sys, time
@@ -310,7 +310,7 @@ class Screen:
         if self.lines: print(f'\033[{self.lines}F\033[J', end='', flush=True)
         self.lines = 0
 
-# %% ../nbs/17_pipeline.ipynb #d24a7781
+# %% ../nbs/17_pipeline.ipynb #bb24bcc8
 class Run:
     "One run of a plan: start what is ready, collect what is finished, show both."
     def __init__(self,
@@ -381,8 +381,17 @@ class Run:
     def keep_costs(self)->None:
         "Remember what stages cost for the next estimate; a full disk is reported by what matters more."
         (CACHE/'running.json').unlink(missing_ok=True)
-        try: save_json(_costs_file(self.profile), self.costs)
+        try: save_json(_costs_file(self.profile), {n: c for n, c in self.costs.items() if n in self.plan})
         except InvertuneError: pass
+
+# %% ../nbs/17_pipeline.ipynb #82c100a6
+def publish_costs(
+    profile: str,  # such as 'glyphs'
+    plan: dict,    # its stages
+)->None:
+    "Put the costs of a whole run beside the results, where there are none yet; later runs leave the committed ones alone."
+    file, costs = RESULTS/profile/'costs.json', load_costs(profile)
+    if not file.exists() and all(n in costs or n.endswith('.dvc') for n in plan): save_json(file, costs)
 
 # %% ../nbs/17_pipeline.ipynb #aea4c09e
 def confirm(
@@ -404,7 +413,7 @@ def show_results(
     print(f'tables:  {os.path.relpath(folder)}/*_table.md (also .csv and .tex)')
     if (folder/'figures').is_dir(): print(f'figures: {os.path.relpath(folder/"figures")}/')
 
-# %% ../nbs/17_pipeline.ipynb #7991dcb3
+# %% ../nbs/17_pipeline.ipynb #280c6a17
 def run_pipeline(
     profile: str | None = None,        # None: as params.yaml has it
     targets: list[str] | None = None,  # stages; None: the report of the profile
@@ -421,6 +430,7 @@ def run_pipeline(
         run.go()
         if run.failures: raise InvertuneError('\n'.join(run.failures))
         confirm(targets)
+        publish_costs(profile, plan)
     show_results(profile)
 
 # %% ../nbs/17_pipeline.ipynb #11c0d9df

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'KEYS', 'LONE_KEYS', 'check_type', 'check_choice', 'injected_names', 'check_parameters', 'stage_notebook',
            'load_params', 'known_profiles', 'merge_params', 'stage_params', 'notebook_parameters', 'check_against',
-           'run_key', 'run_threads', 'beat_line', 'strip_traces', 'run_stage', 'parse_assignments', 'main']
+           'run_key', 'run_threads', 'set_environment', 'beat_line', 'strip_traces', 'run_stage', 'parse_assignments',
+           'main']
 
 # %% ../nbs/16_stages.ipynb #2da3b71c
 import ast, difflib, logging, math, os, re, sys, threading
@@ -199,8 +200,8 @@ def run_threads(
     "One for a run that has siblings, all cores for a lone one."
     return 1 if any(k in given for k in KEYS) else len(os.sched_getaffinity(0))
 
-# %% ../nbs/16_stages.ipynb #32955ef7
-def _set_environment(
+# %% ../nbs/16_stages.ipynb #f0596c2d
+def set_environment(
     given: dict,  # parameters from the command line
 )->None:
     "What the kernel inherits; an explicit INVERTUNE_THREADS wins."
@@ -323,7 +324,7 @@ def _from_file(
     params = stage_params(stage, profile)
     return {n: params[n] for n in ('profile', 'seed')} if stage == 'data' else params
 
-# %% ../nbs/16_stages.ipynb #113bc1ef
+# %% ../nbs/16_stages.ipynb #52fde12f
 def run_stage(
     stage: str,  # such as 'poison'
     **given,     # parameters that differ from params.yaml, above all `profile`, `attack` and `defense`
@@ -335,7 +336,7 @@ def run_stage(
     profile, key = params.get('profile', ''), run_key(stage, given)
     title = ' '.join(filter(None, [stage, profile, key]))
     scratch = CACHE/'running'/f'{title.replace(" ", "-")}.ipynb'
-    _set_environment(given)
+    set_environment(given)
     with _shown_progress(title): nb = _execute(notebook, scratch, params)
     with atomic_path(result_dir(profile, stage, key)/f'{stage}.ipynb') as part: nbformat.write(strip_traces(nb), part)
     scratch.unlink()
