@@ -180,18 +180,20 @@ def _signal(
     try: process.send_signal(number)
     except psutil.NoSuchProcess: pass
 
-# %% ../nbs/17_pipeline.ipynb #d193702b
+# %% ../nbs/17_pipeline.ipynb #0cb9f30e
 @contextmanager
-def only_one():
+def only_one(
+    folder: Path = CACHE,  # where the lock and the note are
+):                         # this process is the checkout's only scheduler for as long as this lasts
     "Hold the checkout's lock; the system drops it when this process ends, however it ends."
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE/'pipeline.lock', 'w') as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/'pipeline.lock', 'w') as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise InvertuneError('The pipeline is already running in this checkout.') from e
-        _stop_orphans()
+        _stop_orphans(folder/'running.json')
         yield
 
-# %% ../nbs/17_pipeline.ipynb #d2427c27
+# %% ../nbs/17_pipeline.ipynb #1aa441d4
 def _note(
     jobs: list[Job],  # what runs now
 )->None:
@@ -199,12 +201,14 @@ def _note(
     notes = [[j.process.pid, p[0].create_time()] for j in jobs if (p := _family(j.process.pid))]
     save_json(CACHE/'running.json', notes)
 
-def _stop_orphans()->None:
+def _stop_orphans(
+    file: Path,  # the note
+)->None:
     "End what a killed scheduler left behind."
-    try: notes = load_json(CACHE/'running.json')
+    try: notes = load_json(file)
     except InvertuneError: return
     stop([pid for pid, born in notes if (f := _family(pid)) and abs(f[0].create_time() - born) < 1])
-    (CACHE/'running.json').unlink()
+    file.unlink()
 
 # %% ../nbs/17_pipeline.ipynb #fd1bfabe
 def is_locked(
