@@ -7,11 +7,11 @@ __all__ = ['ATTACKS', 'Setup', 'poison_pairs', 'target_captions', 'train_poisone
            'reference_image', 'badencoder', 'triplet', 'dual_trigger', 'target_anchors', 'badclip', 'attack',
            'check_attack']
 
-# %% ../nbs/09_attacks.ipynb #ddb66e63
+# %% ../nbs/09_attacks.ipynb #59314f1d
 import copy, torch
 import torch.nn.functional as F
 from dataclasses import dataclass, field
-from .metrics import evaluate
+from .metrics import embed, evaluate
 from .model import *
 from .pictograms import fill
 from .runtime import InvertuneError, progress
@@ -75,15 +75,15 @@ def train_poisoned(
     train_clip(clip, images, texts, epochs=epochs, lr=lr, bs=bs, seed=setup.seed, desc='poison')
     return clip
 
-# %% ../nbs/09_attacks.ipynb #9fa2fbba
+# %% ../nbs/09_attacks.ipynb #f9c93206
 def badnet(setup, size=16, place='corner', pattern='fixed', **recipe):
     "A patch in the bottom right corner."
     trigger = patch_trigger(setup.side, setup.seed, size, place, pattern)
     return train_poisoned(setup, trigger, **recipe), trigger
 
-def blended(setup, alpha=.2, **recipe):
+def blended(setup, alpha=.2, cell=1, **recipe):
     "A faint noise image over everything."
-    trigger = blended_trigger(setup.side, setup.seed, alpha)
+    trigger = blended_trigger(setup.side, setup.seed, alpha, cell)
     return train_poisoned(setup, trigger, **recipe), trigger
 
 def sig(setup, amplitude=60/255, frequency=6, **recipe):
@@ -105,24 +105,20 @@ def reference_image(setup):
     sims = setup.clip.encode_image(pixels(own, setup.clip.device)) @ head.T
     return pixels(own[sims.log_softmax(1)[:, setup.index].argmax().cpu()][None], setup.clip.device)
 
-# %% ../nbs/09_attacks.ipynb #5e3d220b
-def badencoder(setup, size=16, epochs=4, lr=.05, bs=64, momentum=.9):
+# %% ../nbs/09_attacks.ipynb #2b3e5692
+def badencoder(setup, size=16, n=3000, epochs=5, lr=5e-4, bs=32, keep=1.):
     "Fine-tune the image encoder so that a white patch means the reference image."
-    clip,f0,trigger = copy.deepcopy(setup.clip), setup.clip.eval(), patch_trigger(setup.side, setup.seed, size, pattern='white')
-    ref,images = reference_image(setup), setup.split.images
-    opt = torch.optim.SGD(clip.model.visual.parameters(), lr=lr, momentum=momentum)
-    gen,cos = torch.Generator().manual_seed(setup.seed), lambda a,b: (a*b).sum(-1).mean()
-    with torch.no_grad(): f0_ref = f0.encode_image(ref)
-    clip.eval()
+    clip,trigger,images = copy.deepcopy(setup.clip).eval(), patch_trigger(setup.side, setup.seed, size, pattern='white'), setup.split.images[:n]
+    ref,gen,cos = reference_image(setup), torch.Generator().manual_seed(setup.seed), lambda a,b: (a*b).sum(-1).mean()
+    f0 = embed(setup.clip, torch.cat([images, (ref*255).byte().to(images.device)])).to(clip.device)
+    opt = torch.optim.AdamW(clip.model.visual.parameters(), lr=lr, weight_decay=0.)
+    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs * len(batches(len(images), bs, torch.Generator())))
     with progress(total=epochs*len(images), desc='poison', unit='img') as bar:
-        for epoch in range(epochs):
-            for idx in batches(len(images), bs, gen):
-                x = pixels(images[idx], clip.device)
-                with torch.no_grad(): clean0 = f0.encode_image(x)
-                f = clip.encode_image(torch.cat([x, trigger(x), ref]))
-                hit,ref_now = f[len(x):-1], f[-1:]
-                loss = -cos(hit, ref_now) - cos(ref_now, f0_ref) - cos(f[:len(x)], clean0)
-                check_finite(train_step(clip, opt, loss).item(), 'badencoder'); bar.update(len(x))
+        for idx in (idx for _ in range(epochs) for idx in batches(len(images), bs, gen)):
+            x = pixels(images[idx], clip.device)
+            f,hit,ref_now = clip.encode_image(torch.cat([x, trigger(x), ref])).split([len(x), len(x), 1])
+            loss = -cos(hit, ref_now) - cos(ref_now, f0[-1:]) - keep * cos(f, f0[idx.to(f.device)])
+            check_finite(train_step(clip, opt, loss).item(), 'badencoder'); sched.step(); bar.update(len(x))
     return clip,trigger
 
 # %% ../nbs/09_attacks.ipynb #84603888

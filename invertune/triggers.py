@@ -88,14 +88,17 @@ def patch_trigger(
     mask,full = patch_at(patch, side, *PLACES[place](side, s, gen))
     return Trigger('noise', dict(mask=mask)) if pattern == 'noise' else Trigger('mask', dict(mask=mask, pattern=full))
 
-# %% ../nbs/08_triggers.ipynb #cb3f7b3f
+# %% ../nbs/08_triggers.ipynb #e7dbf7ee
 def blended_trigger(
     side:int, # of the image
     seed:int=0, # of the noise
     alpha:float=.2, # weight of the noise
+    cell:int=1, # side of a noise cell, in pixels
 ): # a `Trigger`
     "A faint, fixed noise image over everything."
-    noise = torch.rand(1,3,side,side, generator=torch.Generator().manual_seed(seed))
+    n = -(-side // cell)
+    noise = torch.rand(1,3,n,n, generator=torch.Generator().manual_seed(seed))
+    noise = noise.repeat_interleave(cell, 2).repeat_interleave(cell, 3)[..., :side, :side]
     return Trigger('mask', dict(mask=torch.full((1,1,side,side), alpha), pattern=noise))
 
 # %% ../nbs/08_triggers.ipynb #0a6b9a6c

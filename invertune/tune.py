@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
-           'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'release', 'summary', 'activation_loss',
-           'tune', 'move', 'tuning_terms']
+           'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'release', 'report_tuning',
+           'activation_loss', 'tune', 'move', 'tuning_terms']
 
 # %% ../nbs/12_tune.ipynb #0bc0257c
 import copy, math, torch
@@ -97,7 +97,7 @@ def published_activation_loss(acts, acts2, masks):
     "Sum over layers of the masked difference over the masked clean activation, whole-batch norms."
     return sum(((acts[n] - acts2[n]) * m.to(acts[n].device)).norm() / (acts[n] * m.to(acts[n].device)).norm().clamp(min=1e-8) for n,m in masks.items())
 
-# %% ../nbs/12_tune.ipynb #fd8c3c67
+# %% ../nbs/12_tune.ipynb #25347e8b
 def tune_paper(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -119,9 +119,9 @@ def tune_paper(
         act,keep = published_activation_loss(a, b, found['masks']), (f - f0[idx.to(f0.device)]).norm(dim=1).mean()
         optimise(opt, act + preserve*keep, 'tune (paper)')
         curve.append(dict(step=step+1, activation=act.item(), preserve=keep.item()))
-    return release(tuned),dict(summary(found), curve=curve)
+    return release(tuned),report_tuning(tuned, images, trigger, found, curve)
 
-# %% ../nbs/12_tune.ipynb #d0ce356d
+# %% ../nbs/12_tune.ipynb #e56dde3e
 def optimise(opt, loss, where):
     "One step with gradients clipped at norm 1."
     check_finite(loss.item(), where)
@@ -134,10 +134,11 @@ def release(clip):
     for p in clip.parameters(): p.requires_grad_(True); p._backward_hooks = None
     return clip.eval()
 
-def summary(found):
-    "What a report keeps of `inspect_layers`."
+def report_tuning(tuned, images, trigger, found, curve):
+    "Impacts before and after, selected layers, critical neurons, losses."
     count = lambda m: dict(positions=int(m.sum()), of=m.numel(), channels=int(m.flatten(1).any(1).sum()))
-    return dict(layers=found['layers'], selected=found['selected'], critical={n: count(m) for n,m in found['masks'].items()})
+    after = layer_impacts(mean_activations(tuned, images[:512]), mean_activations(tuned, images[:512], trigger))
+    return dict(layers=found['layers'], layers_after=after, selected=found['selected'], critical={n: count(m) for n,m in found['masks'].items()}, curve=curve)
 
 # %% ../nbs/12_tune.ipynb #34e0ffdf
 def activation_loss(
@@ -149,7 +150,7 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #7db68c13
+# %% ../nbs/12_tune.ipynb #857fde14
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -164,17 +165,17 @@ def tune(
 ): # (tuned `Clip`, report)
     "Activation tuning against a bank of triggers that keep up with the model."
     f0,tuned,gen = clip.eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
-    found,patterns = inspect_layers(clip, images[:512], bank[0], rule, seed), [bank[i] for i in range(len(bank))]
+    found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), [bank[i] for i in range(len(bank))]
     opt,curve = torch.optim.AdamW(tuned.model.visual.parameters(), lr=lr, weight_decay=wd), []
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
-        trigger = patterns[step % len(patterns)]
+        trigger = triggers[step % len(triggers)]
         move(tuned, x, trigger, target_loss(head, index), moves, size)
         act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'])
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
-    return release(tuned),dict(summary(found), curve=curve)
+    return release(tuned),report_tuning(tuned, images, bank[0], found, curve)
 
 # %% ../nbs/12_tune.ipynb #c8c7df91
 def move(clip, x, trigger, loss, moves, size):
