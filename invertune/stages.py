@@ -89,8 +89,8 @@ def check_parameters(
     check = {n: check_type if isinstance(k, type) else check_choice for n, k in known.items()}
     return {n: check[n](n, values[n], k) for n, k in known.items()}
 
-# %% ../nbs/16_stages.ipynb #f688b467
-STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'seed', 'seeds'  # in order
+# %% ../nbs/16_stages.ipynb #2d569148
+STAGES = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report', 'rerun', 'seeds'  # in order
 
 def stage_notebook(
     stage: str,  # such as 'poison'
@@ -100,14 +100,14 @@ def stage_notebook(
     if not found: raise InvertuneError(f"Stage '{stage}' has no notebook in nbs/pipeline; restore it from git.")
     return found[0]
 
-# %% ../nbs/16_stages.ipynb #5ff4286c
+# %% ../nbs/16_stages.ipynb #e02ab0dd
 def _check_sections(
     params: dict,  # a whole params.yaml
 )->dict:           # the same
     "A section that no stage has is refused, because its numbers would go unused."
     for name in params: check_choice('section of params.yaml', name, ['profile', 'seed', 'profiles', *STAGES])
     for profile, changes in (params.get('profiles') or {}).items():
-        for name in changes or {}: check_choice(f"section of profile '{profile}'", name, ['seed', *STAGES])
+        for name in changes or {}: check_choice(f"section of profile '{profile}'", name, STAGES)
     return params
 
 # %% ../nbs/16_stages.ipynb #8a56bedb
@@ -127,15 +127,7 @@ def known_profiles()->list[str]: # names of the profiles of params.yaml
     "What `profile` may be."
     return list(load_params().get('profiles') or {})
 
-# %% ../nbs/16_stages.ipynb #bfa69dc6
-def _section(
-    tree: dict,   # params.yaml, or what a profile changes in it
-    stage: str,   # such as 'poison'
-)->dict:          # the parameters of the stage
-    "The stage `seed` has no section: that name is a number, and the stage repeats the others with theirs."
-    return {} if stage == 'seed' else tree.get(stage) or {}
-
-# %% ../nbs/16_stages.ipynb #9511df56
+# %% ../nbs/16_stages.ipynb #2a5bd67a
 def merge_params(
     params: dict,  # a whole params.yaml
     stage: str,    # such as 'poison'
@@ -143,9 +135,9 @@ def merge_params(
 )->dict:           # profile, seed and every parameter of the stage
     "The stage's section, with what the profile changes in it."
     changes = params['profiles'][check_choice('profile', profile, params.get('profiles') or {})] or {}
-    section, over = _section(params, stage), _section(changes, stage)
+    section, over = params.get(stage) or {}, changes.get(stage) or {}
     for name in over: check_choice(f"parameter of {stage} in profile '{profile}'", name, section)
-    return {'profile': profile, 'seed': changes.get('seed', params.get('seed', 0)), **section, **over}
+    return {'profile': profile, 'seed': params.get('seed', 0), **section, **over}
 
 # %% ../nbs/16_stages.ipynb #cd37b9c1
 def stage_params(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ATTACK_ORDER', 'DEFENSE_ORDER', 'RATES', 'RECALLS', 'ROW_KEYS', 'SUMMARY', 'HEADINGS', 'WRITERS',
            'TOLERANCE', 'rank', 'wilson', 'student_half', 'half_width', 'check_row', 'read_rows', 'expect_rows',
-           'collect_rows', 'collect_seed_rows', 'main_table', 'summary_table', 'sentences', 'retrieval_table',
-           'read_cost', 'cost_table', 'printed', 'to_csv', 'to_markdown', 'to_latex', 'write_table', 'parse_table',
-           'read_table', 'compare_tables', 'committed_table', 'check', 'main']
+           'collect_rows', 'collect_seed_rows', 'of_seed', 'main_table', 'summary_table', 'sentences',
+           'retrieval_table', 'read_cost', 'cost_table', 'printed', 'to_csv', 'to_markdown', 'to_latex', 'write_table',
+           'parse_table', 'read_table', 'compare_tables', 'committed_table', 'check', 'main']
 
 # %% ../nbs/14_tables.ipynb #884fc3bc
 import argparse, io, math, subprocess
@@ -116,21 +116,29 @@ def collect_rows(
     files = [folder/'metrics.json' for folder in folders]
     return expect_rows([row for file in files for row in read_rows(file)], attacks, defenses)
 
-# %% ../nbs/14_tables.ipynb #02132b99
+# %% ../nbs/14_tables.ipynb #f1db4b81
 def collect_seed_rows(
-    profile:str,    # results/<profile>/seeds is read
+    profile:str,    # results/<profile> is read
     attacks:list,   # expected attacks, without 'clean'
     defenses:list,  # expected defenses
-    seeds:list,     # expected seeds
-)->list:            # evaluated rows (fractions) of all seeds
+    seed:int,       # of the main run, under evaluate/
+    others:list,    # seeds of the other runs, under rerun/
+)->list:            # evaluated rows (fractions) of all seeds, the clean model first
     "The evaluations of several seeds; each seed must be complete, and say itself which seed it is."
-    rows = []
-    for seed in seeds:
-        files = [RESULTS/profile/'seeds'/f'{attack}-{seed}'/'metrics.json' for attack in ['clean', *attacks]]
-        found = [row for file in files for row in read_rows(file)]
-        foreign = {row['seed'] for row in found} - {seed}
-        if foreign: raise InvertuneError(f"results/{profile}/seeds: a file of seed {seed} holds rows of seed {min(foreign)}.")
-        rows += expect_rows(found, attacks, defenses)
+    rows = of_seed(collect_rows(profile, attacks, defenses), seed, 'evaluate')
+    for other in others:
+        found = [row for attack in attacks for row in read_rows(result_dir(profile, 'rerun', f'{attack}-{other}')/'metrics.json')]
+        rows += expect_rows(of_seed(found, other, 'rerun') + rows[:1], attacks, defenses)[1:]
+    return rows
+
+def of_seed(
+    rows:list,   # evaluated rows
+    seed:int,    # that all of them should be of
+    stage:str,   # where they were read, for the sentence
+)->list:         # the same rows
+    "Refuse rows of another seed."
+    foreign = {row['seed'] for row in rows} - {seed}
+    if foreign: raise InvertuneError(f"results of {stage}: a file of seed {seed} holds rows of seed {min(foreign)}.")
     return rows
 
 # %% ../nbs/14_tables.ipynb #b18577f5

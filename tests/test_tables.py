@@ -85,14 +85,17 @@ def test_a_damaged_file_is_one_sentence(evaluated):
     with pytest.raises(InvertuneError, match='damaged'): collect_rows('toy', ['sig'], ['none'])
 
 
-def test_seeds_are_collected_and_a_file_under_a_wrong_seed_is_refused(results):
-    for seed in (0, 1):
-        for r in (CLEAN, row('badnet', 'none', ca=.9 + .01*seed)): save_json(results/f"toy/seeds/{r['attack']}-{seed}/metrics.json", {'rows': [{**r, 'seed': seed}]})
-    table = main_table(collect_seed_rows('toy', ['badnet'], ['none'], [0, 1]))
-    assert list(table['seeds']) == [2, 2] and table['ca'].tolist() == [92., 90.5]
-    assert table['ca_ci95'].tolist() == [0., pytest.approx(6.35, abs=.01)]   # 12.706 * .7071 / 1.4142
-    save_json(results/'toy/seeds/badnet-1/metrics.json', {'rows': [row('badnet', 'none', seed=0)]})
-    with pytest.raises(InvertuneError, match='a file of seed 1 holds rows of seed 0'): collect_seed_rows('toy', ['badnet'], ['none'], [0, 1])
+def test_seeds_are_collected_and_a_file_under_a_wrong_seed_is_refused(evaluated):
+    "The main run and one rerun; the clean model is one and the same."
+    rerun = evaluated/'toy/rerun/badnet-1/metrics.json'
+    save_json(rerun, {'rows': [row('badnet', 'none', ca=.91, seed=1)]})
+    table = main_table(collect_seed_rows('toy', ['badnet'], ['none'], 0, [1]))
+    assert list(table['seeds']) == [1, 2] and table['ca'].tolist() == [92., 90.5]
+    assert table['ca_ci95'].tolist() == [pytest.approx(1.69, abs=.01), pytest.approx(6.35, abs=.01)]   # the second: 12.706 * .7071 / 1.4142
+    with pytest.raises(InvertuneError, match='lacks 1 of 3 expected rows: badnet, invertune'): collect_seed_rows('toy', ['badnet'], ['none', 'invertune'], 0, [1])
+    save_json(rerun, {'rows': [row('badnet', 'none', seed=0)]})
+    with pytest.raises(InvertuneError, match='a file of seed 1 holds rows of seed 0'): collect_seed_rows('toy', ['badnet'], ['none'], 0, [1])
+    with pytest.raises(InvertuneError, match='rerun.badnet-2.*is missing'): collect_seed_rows('toy', ['badnet'], ['none'], 0, [2])
 
 
 def test_cost_is_read_from_both_places(results):
