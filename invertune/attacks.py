@@ -107,13 +107,13 @@ def reference_image(setup):
     sims = setup.clip.encode_image(pixels(own, setup.clip.device)) @ head.T
     return pixels(own[sims.log_softmax(1)[:, setup.index].argmax().cpu()][None], setup.clip.device)
 
-# %% ../nbs/09_attacks.ipynb #dae30d1c
+# %% ../nbs/09_attacks.ipynb #759416ed
 def badencoder(setup, size=16, pattern='white', epochs=3, lr=5e-4, bs=32, keep=1.):
     "Fine-tune the image encoder so that a white patch means the reference image."
     clip,trigger,images = copy.deepcopy(setup.clip).eval(), patch_trigger(setup.side, setup.seed, size, pattern=pattern), setup.split.images
     ref,gen,cos = reference_image(setup), torch.Generator().manual_seed(setup.seed), lambda a,b: (a*b).sum(-1).mean()
     f0 = embed(setup.clip, torch.cat([images, (ref*255).byte().to(images.device)])).to(clip.device)
-    opt = torch.optim.AdamW(clip.model.visual.parameters(), lr=lr, weight_decay=0.)
+    opt = torch.optim.AdamW(clip.model.visual.parameters(), lr=lr, weight_decay=0., fused=True)
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs * len(batches(len(images), bs, torch.Generator())))
     with progress(total=epochs*len(images), desc='poison', unit='img') as bar:
         for idx in (idx for _ in range(epochs) for idx in batches(len(images), bs, gen)):

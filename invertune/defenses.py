@@ -88,11 +88,11 @@ def invertune_paper(clip, clean, seed=0, identify={}, invert={}, tune={}):
     tuned,report = step3.tune_paper(clip, clean.images, bank, seed=seed, **tune)
     return tuned,dict(report, target=clean.classes[found['index']], inverted_asr=bank.asr[0])
 
-# %% ../nbs/13_defenses.ipynb #fb185565
+# %% ../nbs/13_defenses.ipynb #ee39806e
 def invertune(clip, clean, seed=0, identify={}, invert={}, tune={}):
     "Our InverTune."
     head = clean.head(clip)
-    found = step1.identify(clip, clean.images, head, **identify)
+    found = step1.identify(clip, clean.images, head, seed=seed, **identify)
     bank,_,_ = step2.invert(clip, clean.images, head, found['index'], seed=seed, **invert)
     tuned,report = step3.tune(clip, clean.images, head, found['index'], bank, seed=seed, **tune)
     return tuned,dict(report, target=clean.classes[found['index']], inverted_asr=bank.asr[0])

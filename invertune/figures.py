@@ -175,7 +175,7 @@ def amplification(
     reach = changed.quantile(.99).item() if len(changed) else .5
     return 2**int(np.clip(math.floor(math.log2(.5/reach)), 0, 5))
 
-# %% ../nbs/15_figures.ipynb #9a77836d
+# %% ../nbs/15_figures.ipynb #18b5b753
 def _gallery_cells(row):
     "The seven pictures of one attack with what is written under each: (image, words)."
     clean, triggered = row['clean'], row['triggered']
@@ -183,7 +183,7 @@ def _gallery_cells(row):
     cells = [(clean, ''), (triggered, ''), (.5 + factor*(triggered - clean), f'× {factor}')]
     for variant in VARIANTS:
         bank = row[variant]
-        cells += [(bank[0](clean[None])[0], f'ASR {100*bank.asr[0]:.1f} %'), (bank.mask[0, 0], f'{KINDS.get(bank.kind[0], bank.kind[0])}, L1 {bank.l1(0):.0f}')]
+        cells += [(bank[0](clean[None])[0], f'ASR {100*bank.asr[0]:.1f} %'), (bank.mask(0), f'{KINDS.get(bank.kind[0], bank.kind[0])}, L1 {bank.l1(0):.0f}')]
     return cells
 
 @figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', 'dual_space_loss', 'invert_paper', 'grid_masks',
-           'scan_places', 'rank_places', 'refine', 'invert']
+           'scan_places', 'rank_places', 'invert']
 
 # %% ../nbs/11_invert.ipynb #d57be4f2
 import torch
@@ -18,37 +18,49 @@ from .model import *
 from .runtime import InvertuneError, atomic_path, progress
 from .triggers import *
 
-# %% ../nbs/11_invert.ipynb #aa5f5114
+# %% ../nbs/11_invert.ipynb #eef3c094
 @dataclass
 class Bank:
     "Inverted triggers, best first."
-    mask: torch.Tensor # [K,1,H,W] in [0,1]
-    pattern: torch.Tensor # [K,3,H,W] in [0,1]
+    triggers: list # of `Trigger`; meta['inverted'] says what was inverted: 'mask' (paper), 'patch', 'blend', 'smooth', 'bands', 'warp'
     asr: list # inverted ASR of each on held-out clean images, fractions
-    kind: list # 'mask', 'patch' or 'blend'
     def __len__(self): return len(self.asr)
-    def __getitem__(self, i): return Trigger('mask', dict(mask=self.mask[i:i+1], pattern=self.pattern[i:i+1]), inverted=self.kind[i])
-    def l1(self, i): return self.mask[i].sum().item()
+    def __getitem__(self, i): return self.triggers[i]
+    @property
+    def kind(self): return [t.meta['inverted'] for t in self.triggers]
+
+    def mask(self, i):
+        "Where trigger i acts: [H,W] in [0,1]; of a warp, the displacement over its greatest."
+        t = self[i].tensors
+        return t['mask'][0,0].cpu() if 'mask' in t else t['flow'][0].norm(dim=-1).cpu() / FREE['warp'][2]
+    def l1(self, i): return self.mask(i).sum().item()
+
+    def above(self, gate): return [t for t,a in zip(self.triggers, self.asr) if a >= gate] or self.triggers[:1]
+
     def save(self, path):
         "Write the bank as one safetensors file."
-        meta = dict(asr=' '.join(map(repr, self.asr)), kind=' '.join(self.kind))
-        with atomic_path(path) as tmp: save_file(dict(mask=self.mask.contiguous(), pattern=self.pattern.contiguous()), tmp, meta)
+        tensors = {f'{i}.{k}': v.cpu().contiguous() for i,t in enumerate(self.triggers) for k,v in t.tensors.items()}
+        meta = dict(asr=' '.join(map(repr, self.asr)), kind=' '.join(t.kind for t in self.triggers), inverted=' '.join(self.kind))
+        with atomic_path(path) as tmp: save_file(tensors, tmp, meta)
 
+# %% ../nbs/11_invert.ipynb #b75c06ac
 def load_bank(
     path, # a file that `Bank.save` wrote
 ): # a `Bank`
     "Read a bank back."
     tensors,meta = read_tensors(path)
-    if not {'mask','pattern'} <= tensors.keys() or 'asr' not in meta: raise InvertuneError(f'{path} is not a bank of inverted triggers')
-    return Bank(tensors['mask'], tensors['pattern'], [float(a) for a in meta['asr'].split()], meta['kind'].split())
+    if not {'asr','kind','inverted'} <= meta.keys(): raise InvertuneError(f'{path} is not a bank of inverted triggers')
+    own = lambda i: {k.split('.', 1)[1]: v for k,v in tensors.items() if k.startswith(f'{i}.')}
+    kinds = zip(meta['kind'].split(), meta['inverted'].split())
+    return Bank([Trigger(k, own(i), inverted=v) for i,(k,v) in enumerate(kinds)], [float(a) for a in meta['asr'].split()])
 
-# %% ../nbs/11_invert.ipynb #77d3dcd3
+# %% ../nbs/11_invert.ipynb #32ac010a
 def make_bank(
-    parts, # (mask [1,1,H,W], pattern [1,3,H,W], inverted ASR, kind) of each
+    found, # (trigger, inverted ASR) of each
 ): # a `Bank`, best first
     "Collect inverted triggers, by inverted ASR."
-    parts = sorted(parts, key=lambda p: -p[2])
-    return Bank(torch.cat([p[0] for p in parts]).cpu(), torch.cat([p[1] for p in parts]).cpu(), [p[2] for p in parts], [p[3] for p in parts])
+    found = sorted(found, key=lambda f: -f[1])
+    return Bank([t for t,_ in found], [a for _,a in found])
 
 # %% ../nbs/11_invert.ipynb #7939b497
 def inverted_asr(
@@ -69,14 +81,14 @@ def nearest_images(clip, head, images, index, n=64):
     f = embed(clip, images)
     return f[(f @ head.cpu()[index]).topk(min(n, len(f))).indices].to(clip.device)
 
-# %% ../nbs/11_invert.ipynb #40181227
+# %% ../nbs/11_invert.ipynb #fa4305f0
 def dual_space_loss(
     f, x2, x, mask, # embeddings of x', x' itself, x, the mask
     head, index, near, # zero-shot head, the target, embeddings of images near it
     weights=(5., .5, 1., .01), # of the text, image, SSIM and mask terms (paper)
 ): # scalar
     "The published inversion loss."
-    text = target_loss(head, index)(f, None)
+    text = target_loss(head, index)(f)
     image = (f - near[torch.arange(len(f)) % len(near)]).norm(dim=1).mean()
     side = x.shape[-1]
     win = min(11, side // 4 * 2 - 1)
@@ -84,7 +96,7 @@ def dual_space_loss(
     w = weights
     return w[0]*text + w[1]*image + w[2]*hidden + w[3]*(224/side)**2 * mask.sum()
 
-# %% ../nbs/11_invert.ipynb #9e73bdd1
+# %% ../nbs/11_invert.ipynb #2bd5d5ea
 def invert_paper(
     clip, # the model under test
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -96,22 +108,22 @@ def invert_paper(
 ): # (a `Bank` of one, [{step, loss, asr}])
     "The published inversion."
     gen = torch.Generator().manual_seed(seed)
-    fit,test = images[:len(images)//2], images[len(images)//2:][:256]
+    fit,test = halves(images)
     near,head = nearest_images(clip, head, fit, index), head.to(clip.device)
-    start = lambda c: torch.rand(1, c, *images.shape[2:], generator=gen).to(clip.device).requires_grad_()
-    mask,pattern = start(1),start(3)
-    opt,curve,best = torch.optim.Adam([mask, pattern], lr=lr), [], (None, None, -1., 'mask')
+    rand = lambda c: torch.rand(1, c, *images.shape[2:], generator=gen).to(clip.device).requires_grad_()
+    mask,pattern = rand(1),rand(3)
+    opt,curve,best = torch.optim.Adam([mask, pattern], lr=lr), [], (None, -1.)
     for step in progress(range(steps), desc='invert (paper)', unit='step'):
         x = pixels(fit[torch.randperm(len(fit), generator=gen)[:bs]], clip.device)
         x2 = apply_mask(x, mask, pattern)
         loss = dual_space_loss(clip.encode_image(x2), x2, x, mask, head, index, near)
         opt.zero_grad(); loss.backward(); opt.step()
         with torch.no_grad(): mask.clamp_(0, 1); pattern.clamp_(0, 1)
-        if (step+1) % every == 0:
-            now = mask.detach().cpu().clone(), pattern.detach().cpu().clone()
-            asr = inverted_asr(clip, head, test, index, Trigger('mask', dict(mask=now[0], pattern=now[1])))
+        if (step+1) % every == 0 or step+1 == steps:
+            now = Trigger('mask', dict(mask=mask.detach().cpu().clone(), pattern=pattern.detach().cpu().clone()), inverted='mask')
+            asr = inverted_asr(clip, head, test[:256], index, now)
             curve.append(dict(step=step+1, loss=loss.item(), asr=asr))
-            if asr >= best[2]: best = (*now, asr, 'mask')
+            if asr >= best[1]: best = now,asr
     return make_bank([best]),curve
 
 # %% ../nbs/11_invert.ipynb #e360fb6f
@@ -126,7 +138,7 @@ def grid_masks(
     for k,(i,j) in enumerate((i,j) for i in at for j in at): masks[k, :, i:i+size, j:j+size] = 1
     return masks
 
-# %% ../nbs/11_invert.ipynb #d190b0eb
+# %% ../nbs/11_invert.ipynb #8cb869f5
 def scan_places(
     clip, images, head, index, # as in `invert_paper`
     masks, # [P,1,H,W]
@@ -143,7 +155,7 @@ def scan_places(
         for _ in range(per):
             x = pixels(images[torch.randint(len(images), (P,), generator=gen)], clip.device)
             t = pattern.detach().requires_grad_()
-            grad += torch.autograd.grad(loss(clip.encode_image(apply_mask(x, masks, t)), None), t)[0]
+            grad += torch.autograd.grad(loss(clip.encode_image(apply_mask(x, masks, t))), t)[0]
         pattern = (pattern - size * (1 - .9*step/steps) * grad.sign()).clamp(0, 1)
     return pattern
 
@@ -158,31 +170,24 @@ def rank_places(clip, images, head, index, masks, pattern, per=16, seed=0):
         hits += ((clip.encode_image(apply_mask(x, masks, pattern)) @ head.T).argmax(1) == index).float().cpu()
     return hits / per
 
-# %% ../nbs/11_invert.ipynb #c583dc6c
-def refine(clip, images, head, index, mask, pattern, kind, steps, bs, seed):
-    "One trigger of the bank: more sign steps, then its inverted ASR on held-out images."
-    half = len(images)//2
-    t = descend(clip, images[:half], mask, pattern, target_loss(head, index), steps, bs, size=.1, seed=seed).cpu()
-    return mask.cpu(), t, inverted_asr(clip, head, images[half:][:256], index, Trigger('mask', dict(mask=mask.cpu(), pattern=t))), kind
-
-# %% ../nbs/11_invert.ipynb #bd94ec30
+# %% ../nbs/11_invert.ipynb #de275301
 def invert(
     clip, # the model under test
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     patch:float=28, stride:float=28, # side and spacing of the grid's patches, at 224
-    alpha:float=.2, # weight of the whole-image picture
     keep:int=3, # places that become patches
+    families=('blend','smooth','bands','warp'), # whole-image families beside them
     steps:int=30, bs:int=48, # of each trigger's refinement
     seed:int=0, # of everything
 ): # (a `Bank`, place scores [P], their masks [P,1,H,W])
-    "Ours: places by a parallel scan, then patches at the best of them and a picture over everything."
-    side,half = images.shape[-1], len(images)//2
+    "Ours: places by a parallel scan, then patches at the best of them and one member of each whole-image family."
+    side,loss,(fit,test) = images.shape[-1], target_loss(head, index), halves(images)
     masks = grid_masks(side, scaled(patch, side), scaled(stride, side))
-    pattern = scan_places(clip, images[:half], head, index, masks, seed=seed)
-    scores = rank_places(clip, images[half:], head, index, masks, pattern, seed=seed)
+    pattern = scan_places(clip, fit, head, index, masks, seed=seed).cpu()
+    scores = rank_places(clip, test, head, index, masks, pattern, seed=seed)
     best = scores.topk(min(keep, len(scores))).indices.tolist()
-    whole = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    jobs = [(masks[i:i+1], pattern[i:i+1], 'patch') for i in best] + [(blend_mask(side, alpha), whole, 'blend')]
-    return make_bank([refine(clip, images, head, index, m, t, k, steps, bs, seed) for m,t,k in jobs]),scores,masks
+    starts = [Trigger('mask', dict(mask=masks[i:i+1], pattern=pattern[i:i+1]), inverted='patch') for i in best] + [start(f, side, seed) for f in families]
+    made = [descend(clip, fit, t, loss, steps, bs, seed=seed) for t in starts]
+    return make_bank([(t, inverted_asr(clip, head, test[:256], index, t)) for t in made]),scores,masks

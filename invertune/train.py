@@ -23,7 +23,7 @@ def clip_loss(
     y = torch.arange(len(img), device=img.device)
     return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
-# %% ../nbs/06_train.ipynb #7fa61511
+# %% ../nbs/06_train.ipynb #69dbd1c1
 def make_optimizer(
     params, # (name, parameter) pairs
     lr, # peak learning rate
@@ -33,7 +33,7 @@ def make_optimizer(
     params = [(n,p) for n,p in params if p.requires_grad]
     decay = [p for n,p in params if p.ndim >= 2 and 'positional' not in n and 'class_embedding' not in n]
     rest = [p for n,p in params if not (p.ndim >= 2 and 'positional' not in n and 'class_embedding' not in n)]
-    return torch.optim.AdamW([dict(params=decay, weight_decay=wd), dict(params=rest, weight_decay=0.)], lr=lr, betas=(.9,.999))
+    return torch.optim.AdamW([dict(params=decay, weight_decay=wd), dict(params=rest, weight_decay=0.)], lr=lr, betas=(.9,.999), fused=True)
 
 # %% ../nbs/06_train.ipynb #08cfc088
 def cosine_lr(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'release', 'report_tuning',
-           'activation_loss', 'tune', 'move', 'tuning_terms']
+           'activation_loss', 'tune', 'tuning_terms']
 
-# %% ../nbs/12_tune.ipynb #0bc0257c
+# %% ../nbs/12_tune.ipynb #653e35e5
 import copy, math, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .identify import descend, target_loss
+from .identify import move, target_loss
 from .invert import *
 from .metrics import embed
 from .model import *
@@ -150,42 +150,33 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #857fde14
+# %% ../nbs/12_tune.ipynb #13af9cfb
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    steps:int=120, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
-    moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, and their size in pixel units
-    activation:float=1., embedding:float=1., preserve:float=1., # weights of the terms
+    steps:int=100, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
+    moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, and their size as a share of its range
+    activation:float=1., embedding:float=1., preserve:float=2., # weights of the terms
+    gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
     seed:int=0, # of the batches and of k-means
 ): # (tuned `Clip`, report)
     "Activation tuning against a bank of triggers that keep up with the model."
     f0,tuned,gen = clip.eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
-    found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), [bank[i] for i in range(len(bank))]
-    opt,curve = torch.optim.AdamW(tuned.model.visual.parameters(), lr=lr, weight_decay=wd), []
+    found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), copy.deepcopy(bank.above(gate))
+    opt,curve = torch.optim.AdamW(tuned.model.visual.parameters(), lr=lr, weight_decay=wd, fused=True), []
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
         trigger = triggers[step % len(triggers)]
-        move(tuned, x, trigger, target_loss(head, index), moves, size)
+        for _ in range(moves): move(tuned, x, trigger, target_loss(head, index), size)
         act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'])
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
     return release(tuned),report_tuning(tuned, images, bank[0], found, curve)
-
-# %% ../nbs/12_tune.ipynb #c8c7df91
-def move(clip, x, trigger, loss, moves, size):
-    "Sign steps of the trigger's pattern towards the target on the model as it is now, in place."
-    mask,pattern = (trigger.tensors[k].to(x.device) for k in ('mask','pattern'))
-    for _ in range(moves):
-        t = pattern.detach().requires_grad_()
-        grad, = torch.autograd.grad(loss(clip.encode_image(apply_mask(x, mask, t)), None), t)
-        pattern = (pattern - size * grad.sign()).clamp(0, 1)
-    trigger.tensors['pattern'] = pattern
 
 # %% ../nbs/12_tune.ipynb #85c5258f
 def tuning_terms(tuned, f0, x, x2, masks):
