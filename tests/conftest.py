@@ -57,3 +57,10 @@ class Checkout:
 
 @pytest.fixture
 def checkout(tmp_path): return Checkout(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def small():
+    "The poisoned tiny model of the attacks' notebook, and what attacker, defender and evaluation have."
+    from invertune.attacks import demo
+    return demo()
