@@ -1,4 +1,5 @@
 # make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
+# make seeds   the same for other seeds, means and intervals: hours (PROFILE, JOBS as above)
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make lab     JupyterLab on the notebooks
@@ -16,10 +17,14 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro check test lab docs readme prepare outputs clean
+.PHONY: repro seeds check test lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
+
+# What takes longer than the main job: every attack and defense again for each of the other seeds in params.yaml.
+seeds: $(READY)
+	@$(BIN)/python -m invertune.pipeline --seeds $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py
@@ -44,7 +49,7 @@ test: $(READY)
 	@echo '== all passed'
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab $$(test $$(id -u) -ne 0 || echo --allow-root) nbs
 
 docs: $(READY)
 	@$(BIN)/python -m invertune.pages docs

@@ -314,7 +314,7 @@ class Screen:
         if self.lines: print(f'\033[{self.lines}F\033[J', end='', flush=True)
         self.lines = 0
 
-# %% ../nbs/17_pipeline.ipynb #bb24bcc8
+# %% ../nbs/17_pipeline.ipynb #d24a7781
 class Run:
     "One run of a plan: start what is ready, collect what is finished, show both."
     def __init__(self,
@@ -385,17 +385,19 @@ class Run:
     def keep_costs(self)->None:
         "Remember what stages cost for the next estimate; a full disk is reported by what matters more."
         (CACHE/'running.json').unlink(missing_ok=True)
-        try: save_json(_costs_file(self.profile), {n: c for n, c in self.costs.items() if n in self.plan})
+        try: save_json(_costs_file(self.profile), self.costs)
         except InvertuneError: pass
 
-# %% ../nbs/17_pipeline.ipynb #82c100a6
+# %% ../nbs/17_pipeline.ipynb #dd6247fe
 def publish_costs(
     profile: str,  # such as 'glyphs'
     plan: dict,    # its stages
 )->None:
-    "Put the costs of a whole run beside the results, where there are none yet; later runs leave the committed ones alone."
+    "Put the costs of a whole run beside the results, where there are none yet; those that are there stay as they are."
     file, costs = RESULTS/profile/'costs.json', load_costs(profile)
-    if not file.exists() and all(n in costs or n.endswith('.dvc') for n in plan): save_json(file, costs)
+    kept = load_json(file) if file.exists() else {}
+    made = {n: costs[n] for n in plan if n in costs}
+    if set(made) - set(kept) and all(n in made or n.endswith('.dvc') for n in plan): save_json(file, {**made, **kept})
 
 # %% ../nbs/17_pipeline.ipynb #aea4c09e
 def confirm(
@@ -407,26 +409,28 @@ def confirm(
     again = re.findall(r"Running stage '([^']+)'", ran.stdout)
     if again: raise InvertuneError(f'After the run {", ".join(again)} had to run again: an input of it changed meanwhile.')
 
-# %% ../nbs/17_pipeline.ipynb #249f208b
+# %% ../nbs/17_pipeline.ipynb #c49b129a
 def show_results(
-    profile: str,  # such as 'glyphs'
+    profile: str,               # such as 'glyphs'
+    table: str = 'main_table',  # or 'seeds_table'
 )->None:
-    "The main table, and where the rest is."
+    "A table, and where the rest is."
     folder = RESULTS/profile
-    if (folder/'main_table.md').exists(): print((folder/'main_table.md').read_text(encoding='utf-8'))
+    if (folder/f'{table}.md').exists(): print((folder/f'{table}.md').read_text(encoding='utf-8'))
     print(f'tables:  {os.path.relpath(folder)}/*_table.md (also .csv and .tex)')
     if (folder/'figures').is_dir(): print(f'figures: {os.path.relpath(folder/"figures")}/')
 
-# %% ../nbs/17_pipeline.ipynb #280c6a17
+# %% ../nbs/17_pipeline.ipynb #1d776c71
 def run_pipeline(
     profile: str | None = None,        # None: as params.yaml has it
     targets: list[str] | None = None,  # stages; None: the report of the profile
     jobs: int | None = None,           # side by side; None: as many as the machine takes
+    seeds: bool = False,               # the table over several seeds instead of the report
 )->None:
     "Bring the targets up to date."
     if profile: switch_profile(profile)
     profile = check_choice('profile', load_params().get('profile'), known_profiles())
-    targets = targets or [f'report@{profile}']
+    targets = targets or [f'seeds@{profile}' if seeds else f'report@{profile}']
     with only_one():
         plan = read_plan(targets)
         run = Run(plan, stale_stages(plan), jobs or default_jobs(), profile)
@@ -435,9 +439,9 @@ def run_pipeline(
         if run.failures: raise InvertuneError('\n'.join(run.failures))
         confirm(targets)
         publish_costs(profile, plan)
-    show_results(profile)
+    show_results(profile, 'seeds_table' if targets == [f'seeds@{profile}'] else 'main_table')
 
-# %% ../nbs/17_pipeline.ipynb #11c0d9df
+# %% ../nbs/17_pipeline.ipynb #2b87ee47
 def main(
     words: list[str],  # the command line
 )->int:                # exit status
@@ -446,8 +450,9 @@ def main(
     parser.add_argument('targets', nargs='*', help='stages as DVC names them; the report of the profile if none is given')
     parser.add_argument('--profile', help='switch params.yaml to this profile first')
     parser.add_argument('--jobs', help='stages side by side; also the variable JOBS')
+    parser.add_argument('--seeds', action='store_true', help='the table over several seeds instead of the report')
     args = parser.parse_args(words)
-    try: run_pipeline(args.profile, args.targets, args.jobs and check_jobs(args.jobs))
+    try: run_pipeline(args.profile, args.targets, args.jobs and check_jobs(args.jobs), args.seeds)
     except (InvertuneError, OSError) as e: print(f'invertune: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('invertune: interrupted; run it again to go on from here', file=sys.stderr); return 130
     return 0

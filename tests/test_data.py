@@ -12,7 +12,7 @@ from invertune.data import SETS, Dataset, Split, assert_disjoint, balanced, load
 from invertune.paths import DATA, ROOT
 from invertune.runtime import InvertuneError
 
-SMOKE_EVALUATION = '9cb6a017521bde6660f1bffa369b8a935c37efee84953d741858e098617230ed'  # of the 320 images of the smoke profile
+SMOKE_EVALUATION = '93d8ae4b65dcd8d407b9c87087a553b0d4415c9f9bf1877a2819fff73390fd4f'  # of the 320 images of the smoke profile
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
