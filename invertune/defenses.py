@@ -17,7 +17,7 @@ from .paths import result_dir
 from .runtime import InvertuneError, measure, seed_everything
 from .train import *
 
-# %% ../nbs/13_defenses.ipynb #062d58fe
+# %% ../nbs/13_defenses.ipynb #e377c106
 @dataclass
 class Clean:
     "All that a defender has, beside the model."
@@ -26,7 +26,9 @@ class Clean:
     classes: list # class names
     templates: list # prompts with '{}'
     def head(self, clip): return zero_shot_head(clip, self.classes, self.templates)
-    def index(self, name): return self.classes.index(name)
+    def index(self, name):
+        if name not in self.classes: raise InvertuneError(f"'{name}' is none of the {len(self.classes)} classes that the defender knows")
+        return self.classes.index(name)
 
 # %% ../nbs/13_defenses.ipynb #057bb399
 def none(clip, clean, seed=0):

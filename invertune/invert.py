@@ -43,7 +43,7 @@ class Bank:
         meta = dict(asr=' '.join(map(repr, self.asr)), kind=' '.join(t.kind for t in self.triggers), inverted=' '.join(self.kind))
         with atomic_path(path) as tmp: save_file(tensors, tmp, meta)
 
-# %% ../nbs/11_invert.ipynb #b75c06ac
+# %% ../nbs/11_invert.ipynb #b30409c4
 def load_bank(
     path, # a file that `Bank.save` wrote
 ): # a `Bank`
@@ -52,7 +52,8 @@ def load_bank(
     if not {'asr','kind','inverted'} <= meta.keys(): raise InvertuneError(f'{path} is not a bank of inverted triggers')
     own = lambda i: {k.split('.', 1)[1]: v for k,v in tensors.items() if k.startswith(f'{i}.')}
     kinds = zip(meta['kind'].split(), meta['inverted'].split())
-    return Bank([Trigger(k, own(i), inverted=v) for i,(k,v) in enumerate(kinds)], [float(a) for a in meta['asr'].split()])
+    try: return Bank([Trigger(k, own(i), inverted=v) for i,(k,v) in enumerate(kinds)], [float(a) for a in meta['asr'].split()])
+    except ValueError: raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' as their ASR") from None
 
 # %% ../nbs/11_invert.ipynb #32ac010a
 def make_bank(

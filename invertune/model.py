@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'Clip', 'pixels', 'vision_config', 'tiny_clip', 'pretrained_clip', 'named_layers', 'Activations',
-           'zero_shot_head', 'save_clip', 'read_tensors', 'load_clip', 'check_weights']
+           'zero_shot_head', 'save_clip', 'read_tensors', 'build', 'load_clip', 'check_weights']
 
 # %% ../nbs/05_model.ipynb #75fd5bae
 import invertune.compat
@@ -165,18 +165,22 @@ def read_tensors(
     except (SafetensorError, OSError) as e:
         raise InvertuneError(f'{path} is not a whole safetensors file ({e}): make it again; pickled checkpoints (.pt, .pth) are not read') from None
 
-# %% ../nbs/05_model.ipynb #18eaceaa
+# %% ../nbs/05_model.ipynb #869851dc
+def build(config, path):
+    "A model of the architecture that a checkpoint's header names."
+    kinds = dict(tiny=tiny_clip, pretrained=lambda name: Clip(open_clip.create_model(name, precision='fp32'), config=dict(kind='pretrained', name=name)).to(pick_device()))
+    try: return kinds[config.pop('kind')](**config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise InvertuneError(f'{path} describes no model that can be built ({type(e).__name__}: {e}): not a checkpoint of invertune') from e
+
 def load_clip(
     path, # a file that `save_clip` wrote
 ): # a `Clip` on `pick_device()`, in eval mode
     "Read a model back; a foreign or damaged file gets one clear sentence."
     weights,meta = read_tensors(path)
-    try: config = json.loads(meta['config'])
-    except (KeyError, ValueError): raise InvertuneError(f'{path} has no readable config in its header: not a checkpoint of invertune') from None
-    kind = config.pop('kind', None)
-    if kind == 'tiny': clip = tiny_clip(**config)
-    elif kind == 'pretrained': clip = Clip(open_clip.create_model(config['name'], precision='fp32'), config=dict(config, kind=kind)).to(pick_device())
-    else: raise InvertuneError(f"{path} holds a model of unknown kind '{kind}'")
+    try: config = dict(json.loads(meta['config']))
+    except (KeyError, ValueError, TypeError): raise InvertuneError(f'{path} has no readable config in its header: not a checkpoint of invertune') from None
+    clip = build(config, path)
     check_weights(clip.model.state_dict(), weights, path)
     clip.model.load_state_dict(weights)
     return clip.eval()

@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'PLACES', 'scaled', 'apply_mask', 'apply_add', 'apply_coarse', 'apply_warp', 'apply_noise', 'Trigger',
            'load_trigger', 'patch_at', 'patch_trigger', 'blended_trigger', 'sig_trigger', 'wanet_trigger']
 
-# %% ../nbs/08_triggers.ipynb #bfd8e20a
-import math, torch
+# %% ../nbs/08_triggers.ipynb #d3ecc2b0
+import inspect, math, torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from .model import read_tensors
@@ -39,7 +39,7 @@ def apply_noise(x, mask):
     gen = torch.Generator().manual_seed(len(x))
     return apply_mask(x, mask, torch.rand(x.shape, generator=gen).to(x.device))
 
-# %% ../nbs/08_triggers.ipynb #4e4b00a8
+# %% ../nbs/08_triggers.ipynb #c6c74e2b
 KINDS = dict(mask=apply_mask, coarse=apply_coarse, add=apply_add, warp=apply_warp, noise=apply_noise)
 
 class Trigger:
@@ -50,6 +50,8 @@ class Trigger:
         **meta, # attack, target, ...: strings for the file's header
     ):
         if kind not in KINDS: raise InvertuneError(f"unknown kind of trigger '{kind}': choose one of {', '.join(KINDS)}")
+        need = set(inspect.signature(KINDS[kind]).parameters) - {'x'}
+        if tensors.keys() != need: raise InvertuneError(f"a trigger of kind '{kind}' needs the tensors {', '.join(sorted(need))}, but was given {', '.join(sorted(tensors)) or 'none'}")
         self.kind,self.tensors,self.meta = kind,tensors,meta
     def __call__(self, x): return KINDS[self.kind](x, **{k:v.to(x.device) for k,v in self.tensors.items()})
     def __repr__(self): return f'Trigger({self.kind}, {self.meta})'

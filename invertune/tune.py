@@ -150,7 +150,7 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #13af9cfb
+# %% ../nbs/12_tune.ipynb #a9c37385
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -159,7 +159,7 @@ def tune(
     bank, # a `Bank` of inverted triggers
     steps:int=100, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
     moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, and their size as a share of its range
-    activation:float=1., embedding:float=1., preserve:float=2., # weights of the terms
+    activation:float=.3, embedding:float=3., preserve:float=3., # weights of the terms
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
     seed:int=0, # of the batches and of k-means
@@ -173,15 +173,15 @@ def tune(
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
         trigger = triggers[step % len(triggers)]
         for _ in range(moves): move(tuned, x, trigger, target_loss(head, index), size)
-        act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'])
+        act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device))
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
     return release(tuned),report_tuning(tuned, images, bank[0], found, curve)
 
-# %% ../nbs/12_tune.ipynb #85c5258f
-def tuning_terms(tuned, f0, x, x2, masks):
-    "The three terms of `tune`: activations of x' to clean ones, embedding of x' to the clean one, clean embedding kept."
+# %% ../nbs/12_tune.ipynb #d751339a
+def tuning_terms(tuned, f0, x, x2, masks, text):
+    "The three terms of `tune`: activations of x' to clean ones, x' no nearer to the target's text than x was, clean embedding kept."
     with torch.no_grad(), Activations(f0, masks) as goal: e0 = f0.encode_image(x)
     with Activations(tuned, masks) as acts: e = tuned.encode_image(torch.cat([x, x2]))
     e,e2 = e.split(len(x))
-    return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), (e2 - e0).norm(dim=1).mean(), (e - e0).norm(dim=1).mean()
+    return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
