@@ -2,6 +2,7 @@
 # make seeds   the same for other seeds, means and intervals: hours (PROFILE, JOBS as above)
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
+# make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
 # make lab     JupyterLab on the notebooks
 # make docs    HTML of all notebooks in _docs/
 # make prepare what to run before a commit: modules, clean notebooks, README
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds check test lab docs readme prepare outputs clean
+.PHONY: repro seeds check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -47,6 +48,9 @@ test: $(READY)
 	@echo '== 5/5 the smoke pipeline, twice'
 	@$(BIN)/python -m pytest -q -s tests/test_smoke.py
 	@echo '== all passed'
+
+bench: $(READY)
+	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m invertune.benchmark
 
 lab: $(READY)
 	$(BIN)/jupyter lab $$(test $$(id -u) -ne 0 || echo --allow-root) nbs

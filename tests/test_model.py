@@ -66,8 +66,9 @@ def test_missing(tmp_path):
 
 
 @pytest.mark.parametrize('header, sentence', [
-    (None, 'no readable config'), ({'config': '{"kind": "ti'}, 'no readable config'), ({'config': '{"kind": "huge"}'}, "unknown kind 'huge'"),
-    ({'config': '{}'}, 'unknown kind')])
+    (None, 'no readable config'), ({'config': '{"kind": "ti'}, 'no readable config'), ({'config': '[1]'}, 'no readable config'),
+    ({'config': '{"kind": "huge"}'}, "no model that can be built .*'huge'"), ({'config': '{}'}, 'no model that can be built'),
+    ({'config': '{"kind": "tiny", "tower": "pisa"}'}, "unknown tower 'pisa'"), ({'config': '{"kind": "tiny", "wings": 2}'}, 'no model that can be built')])
 def test_foreign_header(tmp_path, header, sentence):
     save_file({'w': torch.zeros(3)}, tmp_path/'model.safetensors', header)
     with pytest.raises(InvertuneError, match=sentence): load_clip(tmp_path/'model.safetensors')

@@ -1,0 +1,181 @@
+"A defense gets a model and clean pairs, and nothing else; what came in is as it was; the same seed gives the same model."
+import ast
+import inspect
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+
+from invertune import defenses, identify, invert, tune
+from invertune.defenses import DEFENSES, Clean, defend
+from invertune.identify import start
+from invertune.invert import load_bank, make_bank
+from invertune.model import load_clip, save_clip
+from invertune.paths import ROOT
+from invertune.runtime import InvertuneError
+
+SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),
+         'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
+         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)), tune=dict(steps=3, gate=0.))}
+STEPS = {'invertune-paper', 'invertune'}
+
+
+def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
+def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+@pytest.fixture(scope='module')
+def received(small, tmp_path_factory):
+    "The suspicious model as the pipeline hands it over: read from a file."
+    file = tmp_path_factory.mktemp('poison')/'model.safetensors'
+    save_clip(small.bad, file)
+    return load_clip(file)
+
+
+@pytest.fixture(scope='module')
+def clean(small):
+    d = small.defender
+    return Clean(d.images[:64].clone(), list(d.captions[:64]), small.classes, small.templates)
+
+
+@pytest.fixture(scope='module')
+def defended(received, clean):
+    "Every defense, once"
+    before = state(received), clean.images.clone(), list(clean.captions)
+    return before, {name: defend(name, received, clean, **SHORT[name]) for name in DEFENSES}
+
+
+@pytest.mark.parametrize('name', DEFENSES)
+def test_what_came_in_is_as_it_was(defended, received, clean, name):
+    (weights, images, captions), made = defended
+    assert same(state(received), weights) and torch.equal(clean.images, images) and clean.captions == captions
+    assert not received.training and all(p.requires_grad and not p._backward_hooks for p in received.parameters())
+    tuned, report = made[name]
+    assert tuned is not received and not tuned.training and same(state(tuned), weights) == (name == 'none')
+    assert all(p.requires_grad and not p._backward_hooks for p in tuned.parameters())  # whoever gets it can go on training
+    assert report['seconds'] >= 0 and report['peak_mb'] > 0
+    assert all(v.isfinite().all() for v in tuned.state_dict().values())
+
+
+@pytest.mark.parametrize('name', DEFENSES)
+def test_same_seed(defended, received, clean, name):
+    "The same seed gives the same model, bit for bit, and the same report but for its cost."
+    (_, made), (again, report) = defended, defend(name, received, clean, **SHORT[name])
+    tuned, first = made[name]
+    told = lambda r: json.dumps({k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')}, sort_keys=True)
+    assert same(state(tuned), state(again)) and told(first) == told(report)
+
+
+@pytest.mark.parametrize('name', sorted(STEPS))
+def test_tuning_leaves_text_and_statistics_alone(defended, name):
+    "The text tower and BatchNorm's running statistics are those of the received model."
+    (before, _, _), made = defended
+    after = made[name][0].state_dict()
+    kept = [k for k in before if not k.startswith('model.visual.') or 'running' in k or 'num_batches' in k]
+    assert len(kept) > 20 and all(torch.equal(before[k], after[k]) for k in kept)
+
+
+def test_only_critical_rows_of_the_selected_layers_move(received, clean):
+    "As published: nothing moves but the selected layers, and in tensors of their width only the rows of critical channels."
+    bank = make_bank([(start('patch', 32), 1.)])
+    tuned, report = tune.tune_paper(received, clean.images, bank, steps=3, lr=1e-3)
+    mask = tune.inspect_layers(received, clean.images, bank[0])['masks'][report['selected'][0]]
+    rows = mask.flatten(1).any(1)
+    assert 0 < rows.sum() < len(rows) and report['critical'][report['selected'][0]]['channels'] == rows.sum()
+    moved = {k for k, v in tuned.state_dict().items() if not torch.equal(v, received.state_dict()[k])}
+    assert moved and all(k.startswith(tuple(f'model.visual.{n}.' for n in report['selected'])) for k in moved)
+    k = f"model.visual.{report['selected'][0]}.0.conv3.weight"
+    change = (tuned.state_dict()[k] - received.state_dict()[k]*(1 - 1e-3*1e-4)**3).abs().flatten(1).amax(1)  # less AdamW's own decay
+    assert k in moved and change[~rows].max() < 1e-6 < change[rows].max()
+
+
+# What a defender may know
+
+ALLOWED = {'images', 'captions', 'classes', 'templates'}
+SECRETS = ('trigger.safetensors', 'load_trigger', 'evaluation', 'attack_success', 'poison_pairs', 'pretrain', "['poison']", 'params.yaml', 'stage_params')
+
+
+def test_clean_has_no_room_for_a_secret(clean):
+    assert {f.name for f in fields(Clean)} == ALLOWED and vars(clean).keys() == ALLOWED
+    with pytest.raises(TypeError): Clean(clean.images, clean.captions, clean.classes, clean.templates, target='umbrella')
+
+
+@pytest.mark.parametrize('name', DEFENSES)
+def test_a_defense_is_given_model_and_clean_pairs(name):
+    parameters = list(inspect.signature(DEFENSES[name]).parameters)
+    assert parameters[:3] == ['clip', 'clean', 'seed']
+    assert not any(word in p for p in parameters for word in ('trigger', 'target', 'label', 'attack', 'poison'))
+
+
+@pytest.mark.parametrize('module', [identify, invert, tune, defenses])
+def test_no_module_of_a_defense_opens_a_secret(module):
+    "Neither the evaluation's metrics nor the attacks are imported, and no file of theirs is named."
+    tree = ast.parse(inspect.getsource(module))
+    sources = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == 'metrics' for a in n.names}
+    assert not sources & {'attacks', 'data', 'stages'} and names <= {'embed'}
+    words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    assert not [s for s in SECRETS if s in words]
+
+
+def stages(): return yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
+def files(entries): return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
+
+
+@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
+def test_the_pipeline_keeps_secrets(stage):
+    "Of what the attacker made, a defense's stage depends on the model alone; of the data, on the defender's set; of the evaluation, on nothing."
+    deps = [d for d in files(stages()[stage]['deps']) if d.startswith(('results/', 'data'))]
+    for d in deps:
+        kind, rest = d.removeprefix('results/${item.profile}/').split('/', 1)
+        assert kind in {'data': ['data'], 'poison': ['poison']}.get(kind, ['identify', 'invert', 'tune', 'baseline']), d
+        if kind == 'data': assert rest == 'defender.json', d
+        if kind == 'poison': assert rest == '${item.attack}/model.safetensors', d
+    assert any('/poison/' in d for d in deps)
+    assert not {'invertune/attacks.py', 'invertune/data.py'} & set(stages()[stage]['deps'])
+    assert not any(p.split('.')[0] in ('poison', 'evaluate', 'report') for p in stages()[stage]['params'])
+
+
+def test_who_reads_trigger_files():
+    readers = {name for name, s in stages().items() if any('trigger' in d and 'results/' in d for d in files(s['deps']))}
+    makers = {name for name, s in stages().items() if any('trigger' in o for o in files(s['outs']))}
+    assert readers == {'evaluate'} and makers == {'poison'}
+
+
+@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
+def test_the_notebook_keeps_secrets(stage):
+    "What dvc.yaml promises, the stage's notebook keeps: its code names no trigger file, no evaluation image, no poisoned pair."
+    path, = (ROOT/'nbs'/'pipeline').glob(f'[0-9][0-9]_{stage}.ipynb')
+    code = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
+    found = [w for w in ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'", 'attack_success', 'metrics.json') if w in code]
+    assert not found and "'poison', attack)/'model.safetensors'" in code
+
+
+# Bad input
+
+def test_unknown_names(received, clean):
+    head = clean.head(received)
+    with pytest.raises(InvertuneError, match="unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, clean)
+    with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): identify.identify(received, clean.images, head, families=['fog'])
+    with pytest.raises(InvertuneError, match="unknown layer rule 'top4'"): tune.select_layers({'layer1': 1.}, 'top4')
+
+
+def test_a_defense_that_diverges(received, clean):
+    "An error, not a model."
+    head, bank = clean.head(received), make_bank([(start('patch', 32), 1.)])
+    with pytest.raises(InvertuneError, match='ft, epoch .*: the loss became'): defend('ft', received, clean, epochs=4, lr=1e15, bs=16)
+    with pytest.raises(InvertuneError, match=r'tune \(paper\): the loss became'): tune.tune_paper(received, clean.images, bank, steps=20, lr=1e25)
+    with pytest.raises(InvertuneError, match='tune: the loss became'): tune.tune(received, clean.images, head, 4, bank, steps=20, lr=1e25)
+
+
+def test_bank_files(tmp_path):
+    bank, file = make_bank([(start('warp', 32), .25), (start('patch', 32, seed=1), 1.)]), tmp_path/'ours.safetensors'
+    bank.save(file)
+    x, again = torch.rand(2, 3, 32, 32), load_bank(file)
+    assert again.asr == [1., .25] and again.kind == ['patch', 'warp'] and all(torch.equal(a(x), b(x)) for a, b in zip(again.triggers, bank.triggers))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InvertuneError, match='not a whole safetensors file'): load_bank(file)
+    start('patch', 32).save(file)
+    with pytest.raises(InvertuneError, match='is not a bank of inverted triggers'): load_bank(file)
