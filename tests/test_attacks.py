@@ -109,6 +109,8 @@ def test_foreign_trigger_file(tmp_path):
     from safetensors.torch import save_file
     save_file({'w': torch.zeros(3)}, tmp_path/'trigger.safetensors')
     with pytest.raises(InvertuneError, match='is not a trigger file'): load_trigger(tmp_path/'trigger.safetensors')
+    save_file({'w': torch.zeros(3)}, tmp_path/'trigger.safetensors', {'kind': 'mask'})
+    with pytest.raises(InvertuneError, match="kind 'mask' needs the tensors mask, pattern"): load_trigger(tmp_path/'trigger.safetensors')
     (tmp_path/'trigger.safetensors').write_bytes(b'PK\3\4')
     with pytest.raises(InvertuneError, match='not a whole safetensors file'): load_trigger(tmp_path/'trigger.safetensors')
 

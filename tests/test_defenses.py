@@ -158,6 +158,7 @@ def test_the_notebook_keeps_secrets(stage):
 def test_unknown_names(received, clean):
     head = clean.head(received)
     with pytest.raises(InvertuneError, match="unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, clean)
+    with pytest.raises(InvertuneError, match='unicorn'): clean.index('unicorn')
     with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): identify.identify(received, clean.images, head, families=['fog'])
     with pytest.raises(InvertuneError, match="unknown layer rule 'top4'"): tune.select_layers({'layer1': 1.}, 'top4')
 
