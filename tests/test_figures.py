@@ -11,6 +11,7 @@ from invertune import figures
 from invertune.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, read_record, save_figure
 from invertune.invert import make_bank
 from invertune.runtime import InvertuneError, save_json
+from invertune.triggers import Trigger
 
 TUNED = {'layers': {'layer1': .1, 'layer4': .9}, 'layers_after': {'layer1': .1, 'layer4': .2}, 'selected': ['layer4'], 'curve': []}
 
@@ -85,7 +86,8 @@ def test_gallery_row_reads_the_best_trigger_and_refuses_a_sample_that_is_not_the
     folder = results/'toy/evaluate/badnet'
     folder.mkdir(parents=True)
     save_file({'clean': torch.zeros(2, 3, 8, 8), 'triggered': torch.ones(2, 3, 8, 8)}, folder/'samples.safetensors')
-    for variant in VARIANTS: make_bank([(torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), asr, 'patch') for asr in (.2, .9)]).save(results/f'toy/invert/badnet/{variant}.safetensors')
+    patch = lambda: Trigger('mask', {'mask': torch.ones(1, 1, 8, 8), 'pattern': torch.ones(1, 3, 8, 8)}, inverted='patch')
+    for variant in VARIANTS: make_bank([(patch(), asr) for asr in (.2, .9)]).save(results/f'toy/invert/badnet/{variant}.safetensors')
     assert gallery_row('toy', 'badnet', 1)['ours'].asr[0] == .9
     with pytest.raises(InvertuneError, match='there is no sample 2'): gallery_row('toy', 'badnet', 2)
     (folder/'samples.safetensors').write_bytes(b'not tensors')
