@@ -52,7 +52,7 @@ def test_table_and_figures(first):
 
 def measured(folder):
     "Everything a run measured, without what it cost: metrics as numbers, models and triggers as hashes."
-    found = {str(p.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob('*.json') if p.name != 'cost.json'}
+    found = {str(p.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob('*.json') if p.name not in ('cost.json', 'costs.json')}
     found |= {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob('*.safetensors')}
     return found | {p.name: p.read_text() for p in folder.glob('main_table.*')}
 
