@@ -8,7 +8,7 @@ __all__ = ['WIDTH', 'PRINT', 'COLORS', 'MARKERS', 'DASHES', 'VARIANTS', 'KINDS',
            'activation_differences', 'inversion_curves', 'tuning_curves', 'ca_against_asr', 'embedding_projection',
            'seeds_intervals', 'read_record', 'figure_inputs', 'make_figure']
 
-# %% ../nbs/15_figures.ipynb #82518730
+# %% ../nbs/15_figures.ipynb #d6c043a7
 import math
 from functools import wraps
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sklearn.decomposition import PCA
 
 from .invert import load_bank
@@ -47,12 +47,12 @@ def figure(
         return fig
     return drawn
 
-# %% ../nbs/15_figures.ipynb #f7097c69
+# %% ../nbs/15_figures.ipynb #d9cba492
 _shades = sns.color_palette('colorblind').as_hex()
 COLORS = [_shades[i] for i in (0, 1, 2, 3, 4, 9, 5, 7, 8, 6)]  # those that differ most in lightness first
 MARKERS, DASHES = ['X', 's', 'D', '^', 'o', 'v', 'P', '*'], ['-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2))]
 VARIANTS = {'paper': 'as published', 'ours': 'ours'}  # keys of the JSON files and their names in print
-KINDS = {'patch': 'patch', 'blend': 'whole image', 'mask': 'free mask'}  # of perturbations and inverted triggers
+KINDS = {'patch': 'corner patch', 'center': 'center patch', 'blend': 'whole image', 'mask': 'free mask'}  # of perturbations and inverted triggers
 
 def looks(
     names,       # attacks or defenses to draw
@@ -106,50 +106,74 @@ def heatmap(
     _heat(right, ca, f'clean accuracy, %   (clean model: {clean:.1f})', math.floor(ca.min(axis=None)), math.ceil(max(ca.max(axis=None), clean)), 'cividis')
     return fig
 
-# %% ../nbs/15_figures.ipynb #9531771f
-def _shares(uaps, kind):
-    "Clean share [C], perturbed share [seeds, C] of one kind of perturbation."
-    chosen = [uap for uap in uaps if uap['kind'] == kind]
-    return np.mean([uap['clean_share'] for uap in chosen], axis=0), np.array([uap['adv_share'] for uap in chosen])
+# %% ../nbs/15_figures.ipynb #b59c0fbc
+def _gains(uaps, kind):
+    "What each class gains by one family of perturbations: percent points [seeds, C]."
+    return 100*np.array([np.subtract(uap['adv_share'], uap['clean_share']) for uap in uaps if uap['kind'] == kind])
 
-def _share_bars(ax, classes, clean, pushed, top, true, found):
-    "The `top` classes that gained most: share before (pale) and after (dark); star: true target, ring: identified one."
-    mean = pushed.mean(axis=0)
-    order = np.argsort(clean - mean, kind='stable')[:top]
-    y = np.arange(len(order))
-    ax.barh(y - .2, 100*clean[order], .4, color='.75')
-    ax.barh(y + .2, 100*mean[order], .4, color=COLORS[0])
-    if len(pushed) > 1: ax.plot(100*pushed[:, order].T, y + .2, 'o', color='k', ms=2.2, mec='white', mew=.4)
-    for i, name in zip(y, (classes[c] for c in order)):
-        if name == found: ax.plot(106, i, 'o', ms=8, mfc='none', mec='k', mew=.8)
-        if name == true: ax.plot(106, i, '*', ms=5.5, color=COLORS[3], mec='none')
-    ax.set(xlim=(0, 111), xticks=range(0, 101, 20), ylim=(len(order) - .4, -.6))
-    ax.set_yticks(y, [classes[c] for c in order])
+def _bar(ax, y, gains, color, name=''):
+    "One bar with a dot for each of several seeds; the name stands inside a long bar and behind a short one."
+    mean, dots = gains.mean(), gains if len(gains) > 1 else gains[:0]
+    ax.barh(y, mean, .38, color=color, lw=0)
+    ax.plot(dots, np.full(len(dots), y), 'o', color='k', ms=2.2, mec='white', mew=.4)
+    inside = mean > 55
+    ax.text(min(dots, default=mean) - 2 if inside else max(0, mean, *dots) + 2, y, name, ha='right' if inside else 'left', va='center_baseline', fontsize=6)
 
-# %% ../nbs/15_figures.ipynb #d9c7950c
-def _share_legend(fig):
+def _family_bars(ax, classes, uaps, families, true):
+    "Two bars a family: the true target, the strongest of the others."
+    at = classes.index(true)
+    for y, kind in enumerate(families):
+        gains = _gains(uaps, kind)
+        if not len(gains): continue
+        order = np.argsort(-gains.mean(axis=0), kind='stable')
+        other = order[order != at][0]
+        _bar(ax, y - .2, gains[:, at], COLORS[0])
+        _bar(ax, y + .2, gains[:, other], '.78', classes[other])
+    ax.set(xlim=(-8, 112), xticks=range(0, 101, 25))
+    ax.set_yticks(range(len(families)), [KINDS.get(kind, kind) for kind in families])
+    ax.set_ylim(len(families) - .45, -.55)
+    ax.tick_params('y', length=0)
+    ax.axvline(0, color='.3', lw=.6)
+
+# %% ../nbs/15_figures.ipynb #38c9b0f0
+def _verdict(ax, attack, content, families, true):
+    "The title, what the paper tries (ring) and what ours decided on (star, band)."
+    found, right = content['variants']['ours'], content['variants']['ours']['target'] == true
+    ax.set_title(attack, loc='left', pad=13, fontweight='bold')
+    ax.text(0, 1, f"found: {found['target']} {'✓' if right else '✗'}", transform=ax.transAxes, fontsize=7, color='k' if right else COLORS[3], va='bottom')
+    for kind in {uap['kind'] for uap in content['variants']['paper']['uaps']} & set(families):
+        ax.plot(108, families.index(kind), 'o', ms=7, mfc='none', mec='k', mew=.7, clip_on=False)
+    if found['family'] in families:
+        y = families.index(found['family'])
+        ax.axhspan(y - .5, y + .5, color='#f6ecd2', lw=0, zorder=0)
+        ax.plot(108, y, '*', ms=5, color='k', mec='none', clip_on=False)
+
+def _bar_legend(fig, targets):
     "What bars and marks mean, once for the whole figure."
-    handles = [plt.Rectangle((0, 0), 1, 1, color='.75'), plt.Rectangle((0, 0), 1, 1, color=COLORS[0]),
-               Line2D([], [], ls='', marker='*', color=COLORS[3], mec='none', ms=7), Line2D([], [], ls='', marker='o', mfc='none', mec='k', ms=7)]
-    fig.legend(handles, ['clean images', 'with the perturbation', 'true target', 'identified target'], loc='outside upper center', ncols=4)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (COLORS[0], '.78')]
+    marks = [Line2D([], [], ls='', marker='*', color='k', mec='none', ms=6), Line2D([], [], ls='', marker='o', mfc='none', mec='k', mew=.7, ms=7)]
+    true = f'true target: {targets.pop()}' if len(targets) == 1 else 'true target'
+    fig.legend([*handles, *marks], [true, 'strongest other class', 'ours decided here', 'all that the paper tries'], loc='outside upper center', ncols=4)
 
+# %% ../nbs/15_figures.ipynb #7472bdf6
 @figure
 def identification(
-    identified:dict,      # attack -> content of its identify.json
-    truth:dict,           # attack -> true target class (of the evaluation; no defense sees it)
-    variant:str='ours',   # 'paper' or 'ours'
-    top:int=5,            # classes a panel
-):                        # figure: attacks x kinds of perturbation, share of predictions
-    "Where a universal perturbation sends the predictions of each backdoored model."
-    found = {attack: content['variants'][variant] for attack, content in identified.items()}
-    kinds = list(dict.fromkeys(uap['kind'] for one in found.values() for uap in one['uaps']))
-    fig, axs = plt.subplots(len(found), len(kinds), figsize=(WIDTH, .5 + (.35 + .125*top)*len(found)), squeeze=False, sharex=True)
-    for row, (attack, one) in zip(axs, found.items()):
-        for ax, kind in zip(row, kinds):
-            _share_bars(ax, identified[attack]['classes'], *_shares(one['uaps'], kind), top, truth[attack], one['target'])
-            ax.set_title(f"{attack}, {KINDS.get(kind, kind)} perturbation", loc='left')
-    for ax in axs[-1]: ax.set_xlabel('share of predictions, %')
-    _share_legend(fig)
+    identified:dict,   # attack -> content of its identify.json
+    truth:dict,        # attack -> true target class (of the evaluation; no defense sees it)
+    columns:int=3,     # most panels a row
+):                     # figure: one panel an attack, two bars a family of perturbations
+    "Where universal perturbations send the predictions of each backdoored model."
+    families = list(dict.fromkeys(uap['kind'] for content in identified.values() for uap in content['variants']['ours']['uaps']))
+    columns = min(columns, len(identified))
+    lines = math.ceil(len(identified)/columns)
+    size = WIDTH if columns > 1 else WIDTH/2, .65 + (.5 + .22*len(families))*lines
+    fig, axs = plt.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for ax in axs.flat[len(identified):]: ax.set_visible(False)
+    for ax, (attack, content) in zip(axs.flat, identified.items()):
+        _family_bars(ax, content['classes'], content['variants']['ours']['uaps'], families, truth[attack])
+        _verdict(ax, attack, content, families, truth[attack])
+    fig.supxlabel('gain in the share of predictions, percent points', fontsize=7)
+    _bar_legend(fig, {truth[attack] for attack in identified})
     return fig
 
 # %% ../nbs/15_figures.ipynb #f2f87fbd
@@ -204,16 +228,16 @@ def gallery(
     for ax, head in zip(axs[0], heads): ax.set_title(head)
     return fig
 
-# %% ../nbs/15_figures.ipynb #a277dc03
+# %% ../nbs/15_figures.ipynb #624faa91
 def _dumbbells(ax, found):
-    "One model: impact of each layer before (filled) and after (hollow); the shaded layers were tuned."
+    "One model: impact of each layer before (dot) and after (ring); the shaded layers were tuned."
     names = list(found['layers'])
     for y, name in enumerate(names):
         before, after = found['layers'][name], found['layers_after'][name]
         if name in found['selected']: ax.axhspan(y - .4, y + .4, color='.92', lw=0, zorder=0)
         ax.plot([before, after], [y, y], color='.6', lw=1, zorder=1)
-        ax.plot(before, y, 'o', color=COLORS[3], ms=4)
-        ax.plot(after, y, 'o', mfc='white', color=COLORS[0], ms=4)
+        ax.plot(before, y, 'o', color=COLORS[3], ms=3, mec='none', clip_on=False)
+        ax.plot(after, y, 'o', mfc='none', color=COLORS[0], ms=5, clip_on=False)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - .5, -.5)
 
@@ -228,41 +252,49 @@ def activation_differences(
             _dumbbells(ax, content[variant])
             ax.set_title(attack if variant == 'paper' else '')
         line[0].set_ylabel(name)
+    axs[0, 0].set_xlim(left=0)
+    axs[0, 0].xaxis.set_major_locator(MaxNLocator(4))
     fig.supxlabel('impact: relative change of the mean activation', fontsize=7)
-    marks = [Line2D([], [], ls='', marker='o', color=COLORS[3], ms=4), Line2D([], [], ls='', marker='o', mfc='white', color=COLORS[0], ms=4)]
+    marks = [Line2D([], [], ls='', marker='o', color=COLORS[3], mec='none', ms=3), Line2D([], [], ls='', marker='o', mfc='none', color=COLORS[0], ms=5)]
     fig.legend([*marks, plt.Rectangle((0, 0), 1, 1, color='.92')], ['before tuning', 'after tuning', 'tuned layer'], loc='outside upper center', ncols=3)
     return fig
 
-# %% ../nbs/15_figures.ipynb #26b152b0
+# %% ../nbs/15_figures.ipynb #9cd7641b
 def _log_axis(axis):
     "A log scale with plain numbers; losses of two models can lie a factor of a hundred apart."
     axis.axes.set_yscale('log')
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100*low else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter('{x:g}')
 
-def _curves(ax, curves, key, factor=1):
-    "One quantity over the steps, a line an attack."
+def _curves(ax, curves, key, factor=1, smooth=False):
+    "One quantity over the steps, a line an attack; `smooth` draws the running mean and the steps behind it, pale."
     style = looks(curves, ATTACK_ORDER[1:])
     for attack, curve in curves.items():
-        ax.plot([point['step'] for point in curve], [factor*point[key] for point in curve], color=style[attack][0], ls=style[attack][2], label=attack)
+        steps, values = [point['step'] for point in curve], pd.Series([factor*point[key] for point in curve], dtype=float)
+        if smooth: ax.plot(steps, values, color=style[attack][0], lw=.5, alpha=.3, zorder=1)
+        if smooth: values = values.rolling(max(1, len(values)//12), center=True, min_periods=1).mean()
+        ax.plot(steps, values, color=style[attack][0], ls=style[attack][2], label=attack)
 
 def _bank_points(ax, inverted):
-    "Our bank: the inverted ASR of each trigger, by attack and kind."
+    "Our bank: the inverted ASR of each trigger, by attack and kind, the kinds side by side."
     kinds = list(dict.fromkeys(t['kind'] for content in inverted.values() for t in content['ours']['triggers']))
     for i, kind in enumerate(kinds):
-        points = [(k, 100*t['inverted_asr']) for k, content in enumerate(inverted.values()) for t in content['ours']['triggers'] if t['kind'] == kind]
-        ax.plot(*zip(*points), MARKERS[i + 3], color=COLORS[i], ms=5, mfc='none', label=KINDS.get(kind, kind))
+        points = [(k + .7*((i + .5)/len(kinds) - .5), 100*t['inverted_asr']) for k, content in enumerate(inverted.values()) for t in content['ours']['triggers'] if t['kind'] == kind]
+        ax.plot(*zip(*points), MARKERS[(i + 3) % len(MARKERS)], color=COLORS[i % len(COLORS)], ms=4, mfc='none', mew=.8, clip_on=False, label=KINDS.get(kind, kind))
+    for edge in range(1, len(inverted)): ax.axvline(edge - .5, color='.9', lw=.6, zorder=0)
+    ax.set_xlim(-.5, len(inverted) - .5)
     ax.set_xticks(range(len(inverted)), list(inverted), rotation=30, ha='right')
 
-# %% ../nbs/15_figures.ipynb #abd50883
+# %% ../nbs/15_figures.ipynb #2dc7dd3a
 @figure
 def inversion_curves(
     inverted:dict,    # attack -> content of its invert.json
     gate:float=.7,    # inverted ASR under which an inversion has failed, a fraction
 ):                    # figure: loss and inverted ASR of the published inversion, inverted ASR of our bank
     "How far the trigger inversion got."
-    fig, (loss, asr, bank) = plt.subplots(1, 3, figsize=(WIDTH, 2.3))
+    fig, (loss, asr, bank) = plt.subplots(1, 3, figsize=(WIDTH, 2.5), width_ratios=[1, 1, 1.35])
     curves = {attack: content['paper']['curve'] for attack, content in inverted.items()}
     _curves(loss, curves, 'loss')
     _curves(asr, curves, 'asr', 100)
@@ -274,16 +306,18 @@ def inversion_curves(
     loss.set(title='as published: loss', xlabel='step', ylabel='loss')
     asr.set(title='as published: inverted ASR', xlabel='step')
     bank.set(title='ours: every trigger of the bank')
-    lines, points = loss.get_legend_handles_labels(), bank.get_legend_handles_labels()
-    fig.legend(lines[0] + points[0], lines[1] + [f'ours, {kind}' for kind in points[1]], loc='outside upper center', ncols=8)
+    fig.legend(*loss.get_legend_handles_labels(), loc='outside upper left', ncols=3)
+    fig.legend(*bank.get_legend_handles_labels(), loc='outside upper right', ncols=3)
     return fig
 
-# %% ../nbs/15_figures.ipynb #f47ecb50
+# %% ../nbs/15_figures.ipynb #05c59961
 TERMS = {'activation': 'activation term', 'embedding': 'embedding term', 'preserve': 'preservation term'}
 
 def _tuning_panel(ax, curves, term):
     "One term of one variant, or a word that the variant has no such term."
-    if all(term in point for curve in curves.values() for point in curve): return _curves(ax, curves, term)
+    if all(term in point for curve in curves.values() for point in curve):
+        _curves(ax, curves, term, smooth=True)
+        return ax.margins(x=.01)
     ax.text(.5, .5, 'no such term', transform=ax.transAxes, ha='center', color='.4')
 
 @figure
@@ -301,14 +335,14 @@ def tuning_curves(
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=8)
     return fig
 
-# %% ../nbs/15_figures.ipynb #13500c39
+# %% ../nbs/15_figures.ipynb #8fa53b39
 def _scatter(ax, attack, attacked, style):
-    "One attack: its defenses as markers, everything else as a pale backdrop."
+    "One attack: its defenses as hollow markers (several may lie at one place), everything else as a pale backdrop."
     ax.plot(attacked['asr'], attacked['ca'], '.', color='.85', ms=4, zorder=0)
     for row in attacked[attacked['attack'] == attack].itertuples():
         color, marker, _ = style[row.defense]
         ax.errorbar(row.asr, row.ca, row.ca_ci95, row.asr_ci95, color=color, elinewidth=.6, zorder=2)
-        ax.plot(row.asr, row.ca, marker, color=color, ms=6, mec='white', mew=.5, zorder=3, label=row.defense, clip_on=False)
+        ax.plot(row.asr, row.ca, marker, color=color, ms=5.5, mfc='none', mew=1, zorder=3, label=row.defense, clip_on=False)
     ax.set_title(attack)
     ax.set_xlim(-3, 103)
 
@@ -393,9 +427,9 @@ def seeds_intervals(
     fig.legend(*lower.get_legend_handles_labels(), loc='outside upper center', ncols=6)
     return fig
 
-# %% ../nbs/15_figures.ipynb #fd779a8e
+# %% ../nbs/15_figures.ipynb #45f7be8c
 _layers = ['layers', 'layers_after', 'selected', 'curve']
-NEEDS = {'identify': {'paper': ['target', 'uaps'], 'ours': ['target', 'uaps']},
+NEEDS = {'identify': {'paper': ['target', 'uaps'], 'ours': ['target', 'family', 'uaps']},
          'invert': {'paper': ['curve'], 'ours': ['triggers']},
          'tune': {'paper': _layers, 'ours': _layers}}  # stage -> variant -> what the figures read of it
 

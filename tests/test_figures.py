@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from invertune import figures
-from invertune.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, read_record, save_figure
+from invertune.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, identification, read_record, save_figure
 from invertune.invert import make_bank
 from invertune.runtime import InvertuneError, save_json
 from invertune.triggers import Trigger
@@ -35,10 +35,23 @@ def embeddings():
     return {'badnet': {**parts, 'labels': torch.arange(60) % 5, 'target': torch.tensor([2])}}
 
 
+def uap(kind, seed, shares): return dict(kind=kind, seed=seed, clean_share=[1/3]*3, adv_share=shares)
+
+
+def identified(found='cat', family='smooth'):
+    "A model whose patch falls onto another class, and two seeds of a smooth perturbation onto the target, cat."
+    patch, smooth = uap('patch', 0, [.1, .8, .1]), [uap('smooth', seed, [.9 - .2*seed, .05, .05 + .2*seed]) for seed in (0, 1)]
+    return dict(classes=['cat', 'sun', 'die'], variants=dict(paper=dict(target='sun', uaps=[patch]), ours=dict(target=found, family=family, uaps=[patch, *smooth])))
+
+
+def words(ax): return [text.get_text() for text in ax.texts if text.get_text()]
+
+
 def contents(folder): return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize('draw', [lambda table: heatmap(table), lambda table: embedding_projection(embeddings()),
+                                  lambda table: identification({'badnet': identified(), 'sig': identified()}, {'badnet': 'cat', 'sig': 'cat'}),
                                   lambda table: activation_differences({'badnet': dict.fromkeys(VARIANTS, TUNED)})])
 def test_the_same_figure_is_the_same_bytes(draw, table, tmp_path, monkeypatch):
     save_figure(draw(table), tmp_path/'first'/'fig')
@@ -68,6 +81,20 @@ def test_drawing_leaves_no_open_figure_and_no_style(table):
     style, opened = dict(plt.rcParams), plt.get_fignums()
     heatmap(table)
     assert dict(plt.rcParams) == style and plt.get_fignums() == opened
+
+
+def test_identification_draws_gains_in_percent_points_beside_the_strongest_other_class():
+    ax, = identification({'sig': identified()}, {'sig': 'cat'}).axes
+    assert [bar.get_width() for bar in ax.patches[:4]] == pytest.approx([-70/3, 140/3, 140/3, -55/3])
+    assert words(ax) == ['sun', 'die', 'found: cat ✓'] and ax.get_title('left') == 'sig'
+    assert [label.get_text() for label in ax.get_yticklabels()] == ['corner patch', 'smooth']
+
+
+def test_identification_crosses_out_a_wrong_target_and_hides_panels_without_an_attack():
+    attacks = [f'attack{i}' for i in range(4)]
+    axs = identification({attack: identified('die', 'patch') for attack in attacks}, dict.fromkeys(attacks, 'cat')).axes
+    assert [ax.get_visible() for ax in axs] == [True]*4 + [False]*2
+    assert all(words(ax)[-1] == 'found: die ✗' for ax in axs[:4])
 
 
 def test_amplification_fills_the_range_without_clipping():
