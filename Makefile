@@ -14,7 +14,6 @@ PROFILE ?=
 BIN     := .venv/bin
 READY   := .venv/ready
 
-export OMP_WAIT_POLICY = PASSIVE
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 

@@ -128,7 +128,7 @@ def triplet(anchor, positive, negative, margin=1.):
     "The triplet loss on squared Euclidean distances of unit vectors, mean over the batch."
     return (margin + (anchor-positive).pow(2).sum(-1) - (anchor-negative).pow(2).sum(-1)).clamp(min=0).mean()
 
-# %% ../nbs/09_attacks.ipynb #74075843
+# %% ../nbs/09_attacks.ipynb #25999562
 def dual_trigger(
     setup, # a `Setup`
     size:float=16, # of the patch, at 224
@@ -152,7 +152,7 @@ def dual_trigger(
         f = clip.encode_image(apply_mask(x, mask, pattern))
         logits = clip.scale.detach() * torch.cat([(f * text[pick]).sum(1, keepdim=True), f @ negative.T], 1)
         loss = F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long, device=f.device)) + weight * triplet(f, real[pick], clean)
-        opt.zero_grad(); loss.backward(); opt.step()
+        pattern.grad, = torch.autograd.grad(loss, pattern); opt.step()
         with torch.no_grad(): pattern.clamp_(0, 1)
     return Trigger('mask', dict(mask=mask.cpu(), pattern=(pattern.detach() * mask).cpu()))
 
@@ -175,7 +175,7 @@ def badclip(setup, size=16, trigger_steps=200, trigger_lr=.02, **recipe):
 # %% ../nbs/09_attacks.ipynb #ba8db67f
 ATTACKS = dict(badnet=badnet, blended=blended, sig=sig, wanet=wanet, badencoder=badencoder, badclip=badclip)
 
-# %% ../nbs/09_attacks.ipynb #341a76d6
+# %% ../nbs/09_attacks.ipynb #d187586e
 def attack(
     name:str, # a key of `ATTACKS`
     setup, # a `Setup`
@@ -183,7 +183,7 @@ def attack(
     "Plant backdoor `name`; the trigger carries the attack, the target and the seed in its metadata."
     if name not in ATTACKS: raise InvertuneError(f"unknown attack '{name}': choose one of {', '.join(ATTACKS)}")
     clip,trigger = ATTACKS[name](setup, **setup.recipe)
-    trigger.meta.update(attack=name, target=setup.target, seed=str(setup.seed))
+    trigger.meta.update(attack=name, target=setup.target, seed=setup.seed)
     return clip.eval(),trigger
 
 # %% ../nbs/09_attacks.ipynb #6409acf3

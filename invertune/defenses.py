@@ -30,12 +30,12 @@ class Clean:
         if name not in self.classes: raise InvertuneError(f"'{name}' is none of the {len(self.classes)} classes that the defender knows")
         return self.classes.index(name)
 
-# %% ../nbs/13_defenses.ipynb #057bb399
+# %% ../nbs/13_defenses.ipynb #9e8545a3
 def none(clip, clean, seed=0):
     "No defense."
     return copy.deepcopy(clip),{}
 
-def ft(clip, clean, seed=0, epochs=3, lr=1e-4, bs=64):
+def ft(clip, clean, seed=0, epochs=3, lr=1e-3, bs=64):
     "Plain fine-tuning on the clean pairs."
     tuned = copy.deepcopy(clip)
     loss = train_clip(tuned, clean.images, clean.captions, epochs=epochs, lr=lr, bs=bs, seed=seed, desc='ft')
@@ -67,8 +67,8 @@ def augment(
         torch.manual_seed(seed)
         return torch.stack([aug(x) for x in images.cpu()])
 
-# %% ../nbs/13_defenses.ipynb #df874e52
-def cleanclip(clip, clean, seed=0, epochs=3, lr=1e-4, bs=64, weight=1.):
+# %% ../nbs/13_defenses.ipynb #006e778d
+def cleanclip(clip, clean, seed=0, epochs=3, lr=1e-3, bs=64, weight=1.):
     "CleanCLIP: CLIP's loss plus the same loss within images and within captions."
     tuned,rng,calls = copy.deepcopy(clip), random.Random(seed), iter(range(seed*10**6, seed*10**6+10**6))
     tokens = tuned.tokenize(clean.captions)

@@ -6,19 +6,18 @@
 __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', 'dual_space_loss', 'invert_paper', 'grid_masks',
            'scan_places', 'rank_places', 'invert']
 
-# %% ../nbs/11_invert.ipynb #d57be4f2
+# %% ../nbs/11_invert.ipynb #a61b5dba
 import torch
 import torch.nn.functional as F
 from dataclasses import dataclass
 from pytorch_msssim import ssim
-from safetensors.torch import save_file
 from .identify import *
 from .metrics import embed
 from .model import *
-from .runtime import InvertuneError, atomic_path, progress
+from .runtime import InvertuneError, progress
 from .triggers import *
 
-# %% ../nbs/11_invert.ipynb #eef3c094
+# %% ../nbs/11_invert.ipynb #0fafd763
 @dataclass
 class Bank:
     "Inverted triggers, best first."
@@ -39,11 +38,10 @@ class Bank:
 
     def save(self, path):
         "Write the bank as one safetensors file."
-        tensors = {f'{i}.{k}': v.cpu().contiguous() for i,t in enumerate(self.triggers) for k,v in t.tensors.items()}
-        meta = dict(asr=' '.join(map(repr, self.asr)), kind=' '.join(t.kind for t in self.triggers), inverted=' '.join(self.kind))
-        with atomic_path(path) as tmp: save_file(tensors, tmp, meta)
+        tensors = {f'{i}.{k}': v for i,t in enumerate(self.triggers) for k,v in t.tensors.items()}
+        write_tensors(path, tensors, asr=self.asr, kind=[t.kind for t in self.triggers], inverted=self.kind)
 
-# %% ../nbs/11_invert.ipynb #b30409c4
+# %% ../nbs/11_invert.ipynb #b96c3843
 def load_bank(
     path, # a file that `Bank.save` wrote
 ): # a `Bank`
@@ -51,9 +49,8 @@ def load_bank(
     tensors,meta = read_tensors(path)
     if not {'asr','kind','inverted'} <= meta.keys(): raise InvertuneError(f'{path} is not a bank of inverted triggers')
     own = lambda i: {k.split('.', 1)[1]: v for k,v in tensors.items() if k.startswith(f'{i}.')}
-    kinds = zip(meta['kind'].split(), meta['inverted'].split())
-    try: return Bank([Trigger(k, own(i), inverted=v) for i,(k,v) in enumerate(kinds)], [float(a) for a in meta['asr'].split()])
-    except ValueError: raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' as their ASR") from None
+    try: return Bank([Trigger(k, own(i), inverted=v) for i,(k,v) in enumerate(zip(meta['kind'], meta['inverted']))], [float(a) for a in meta['asr']])
+    except (ValueError, TypeError): raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' as their ASR") from None
 
 # %% ../nbs/11_invert.ipynb #32ac010a
 def make_bank(
@@ -97,7 +94,7 @@ def dual_space_loss(
     w = weights
     return w[0]*text + w[1]*image + w[2]*hidden + w[3]*(224/side)**2 * mask.sum()
 
-# %% ../nbs/11_invert.ipynb #2bd5d5ea
+# %% ../nbs/11_invert.ipynb #5ca44c11
 def invert_paper(
     clip, # the model under test
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -118,7 +115,7 @@ def invert_paper(
         x = pixels(fit[torch.randperm(len(fit), generator=gen)[:bs]], clip.device)
         x2 = apply_mask(x, mask, pattern)
         loss = dual_space_loss(clip.encode_image(x2), x2, x, mask, head, index, near)
-        opt.zero_grad(); loss.backward(); opt.step()
+        mask.grad,pattern.grad = torch.autograd.grad(loss, [mask, pattern]); opt.step()
         with torch.no_grad(): mask.clamp_(0, 1); pattern.clamp_(0, 1)
         if (step+1) % every == 0 or step+1 == steps:
             now = Trigger('mask', dict(mask=mask.detach().cpu().clone(), pattern=pattern.detach().cpu().clone()), inverted='mask')

@@ -10,13 +10,13 @@ import torch
 from .model import *
 from .runtime import InvertuneError
 
-# %% ../nbs/07_metrics.ipynb #2e7fa511
+# %% ../nbs/07_metrics.ipynb #01903bc7
 @torch.no_grad()
 def embed(
     clip, # a `Clip`
     images, # uint8 [N,3,H,W]
     change=None, # a function of a pixel batch, e.g. a trigger
-    bs:int=256, # batch size
+    bs:int=64, # batch size; on a CPU small ones are the fast ones
 ): # unit vectors [N,D] on the CPU
     "Image embeddings in eval mode, after `change` where one is given."
     clip.eval()

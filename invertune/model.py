@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'Clip', 'pixels', 'vision_config', 'tiny_clip', 'pretrained_clip', 'named_layers', 'Activations',
-           'zero_shot_head', 'save_clip', 'read_tensors', 'build', 'load_clip', 'check_weights']
+           'zero_shot_head', 'save_clip', 'write_tensors', 'read_tensors', 'build', 'load_clip', 'check_weights']
 
 # %% ../nbs/05_model.ipynb #75fd5bae
 import invertune.compat
@@ -144,33 +144,41 @@ def zero_shot_head(
     emb = torch.cat([clip.encode_text(clip.tokenize(texts[i:i+1024])) for i in range(0, len(texts), 1024)])
     return F.normalize(emb.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
-# %% ../nbs/05_model.ipynb #72bfc9e0
+# %% ../nbs/05_model.ipynb #d2f4b479
 def save_clip(
     clip, # a `Clip`
     path, # file to write; an earlier file is replaced only when the new one is complete
-    **metadata, # more strings for the file's header
+    **meta, # more for the file's header
 ):
     "Write the weights and the architecture of `clip` as one safetensors file."
-    weights = {k:v.detach().cpu().contiguous() for k,v in clip.model.state_dict().items()}
-    with atomic_path(path) as tmp: save_file(weights, tmp, {'config': json.dumps(clip.config), **metadata})
+    write_tensors(path, {k:v.detach() for k,v in clip.model.state_dict().items()}, config=clip.config, **meta)
 
-# %% ../nbs/05_model.ipynb #2113f0af
+# %% ../nbs/05_model.ipynb #4cbd9d31
+def write_tensors(
+    path, # file to write; an earlier file is replaced only when the new one is complete
+    tensors, # {name: tensor}
+    **meta, # what JSON can say
+):
+    "Write a safetensors file. Its header has one key with everything in it, for safetensors gives several no fixed order."
+    with atomic_path(path) as tmp: save_file({k:v.cpu().contiguous() for k,v in tensors.items()}, tmp, {'meta': json.dumps(meta, sort_keys=True)})
+
 def read_tensors(
-    path, # a safetensors file
-): # ({name: tensor}, {key: string})
+    path, # a file that `write_tensors` wrote
+): # ({name: tensor}, dict), no metadata where the file is another program's
     "All tensors and the metadata of a safetensors file; anything else is refused with a sentence."
     try:
-        with safe_open(str(path), 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(str(path), 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()}, dict(json.loads((f.metadata() or {}).get('meta', '{}')))
+    except (ValueError, TypeError): raise InvertuneError(f'{path} has a header that is not JSON: not a file of invertune') from None
     except FileNotFoundError: raise InvertuneError(f'no file {path}: run the stage that makes it') from None
     except (SafetensorError, OSError) as e:
         raise InvertuneError(f'{path} is not a whole safetensors file ({e}): make it again; pickled checkpoints (.pt, .pth) are not read') from None
 
-# %% ../nbs/05_model.ipynb #869851dc
+# %% ../nbs/05_model.ipynb #08aca082
 def build(config, path):
     "A model of the architecture that a checkpoint's header names."
     kinds = dict(tiny=tiny_clip, pretrained=lambda name: Clip(open_clip.create_model(name, precision='fp32'), config=dict(kind='pretrained', name=name)).to(pick_device()))
     try: return kinds[config.pop('kind')](**config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
         raise InvertuneError(f'{path} describes no model that can be built ({type(e).__name__}: {e}): not a checkpoint of invertune') from e
 
 def load_clip(
@@ -178,9 +186,8 @@ def load_clip(
 ): # a `Clip` on `pick_device()`, in eval mode
     "Read a model back; a foreign or damaged file gets one clear sentence."
     weights,meta = read_tensors(path)
-    try: config = dict(json.loads(meta['config']))
-    except (KeyError, ValueError, TypeError): raise InvertuneError(f'{path} has no readable config in its header: not a checkpoint of invertune') from None
-    clip = build(config, path)
+    if not isinstance(meta.get('config'), dict): raise InvertuneError(f'{path} has no config in its header: not a checkpoint of invertune')
+    clip = build(meta['config'], path)
     check_weights(clip.model.state_dict(), weights, path)
     clip.model.load_state_dict(weights)
     return clip.eval()

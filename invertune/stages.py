@@ -192,13 +192,13 @@ def run_threads(
     "One for a run that has siblings, all cores for a lone one."
     return 1 if any(k in given for k in KEYS) else len(os.sched_getaffinity(0))
 
-# %% ../nbs/16_stages.ipynb #f0596c2d
+# %% ../nbs/16_stages.ipynb #d11447a1
 def set_environment(
     given: dict,  # parameters from the command line
 )->None:
     "What the kernel inherits; an explicit INVERTUNE_THREADS wins."
     threads = os.environ.setdefault('INVERTUNE_THREADS', str(run_threads(given)))
-    os.environ.update(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY='PASSIVE', INVERTUNE_ROOT=str(ROOT),
+    os.environ.update(OMP_NUM_THREADS=threads, INVERTUNE_ROOT=str(ROOT),
                       PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
                       PYDEVD_DISABLE_FILE_VALIDATION='1', HF_HUB_OFFLINE='1')
 

@@ -6,12 +6,11 @@
 __all__ = ['KINDS', 'PLACES', 'scaled', 'apply_mask', 'apply_add', 'apply_coarse', 'apply_warp', 'apply_noise', 'Trigger',
            'load_trigger', 'patch_at', 'patch_trigger', 'blended_trigger', 'sig_trigger', 'wanet_trigger']
 
-# %% ../nbs/08_triggers.ipynb #d3ecc2b0
+# %% ../nbs/08_triggers.ipynb #36602641
 import inspect, math, torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from .model import read_tensors
-from .runtime import InvertuneError, atomic_path
+from .model import read_tensors, write_tensors
+from .runtime import InvertuneError
 
 # %% ../nbs/08_triggers.ipynb #0bdb4fc9
 def scaled(
@@ -39,7 +38,7 @@ def apply_noise(x, mask):
     gen = torch.Generator().manual_seed(len(x))
     return apply_mask(x, mask, torch.rand(x.shape, generator=gen).to(x.device))
 
-# %% ../nbs/08_triggers.ipynb #c6c74e2b
+# %% ../nbs/08_triggers.ipynb #ce35eb8d
 KINDS = dict(mask=apply_mask, coarse=apply_coarse, add=apply_add, warp=apply_warp, noise=apply_noise)
 
 class Trigger:
@@ -47,7 +46,7 @@ class Trigger:
     def __init__(self,
         kind:str, # a key of `KINDS`
         tensors:dict, # what the kind needs, each with a leading batch dimension of 1
-        **meta, # attack, target, ...: strings for the file's header
+        **meta, # attack, target, ...: for the file's header
     ):
         if kind not in KINDS: raise InvertuneError(f"unknown kind of trigger '{kind}': choose one of {', '.join(KINDS)}")
         need = set(inspect.signature(KINDS[kind]).parameters) - {'x'}
@@ -57,15 +56,15 @@ class Trigger:
     def __repr__(self): return f'Trigger({self.kind}, {self.meta})'
     def save(self, path):
         "Write the trigger, lossless, as one safetensors file."
-        with atomic_path(path) as tmp: save_file({k:v.cpu().contiguous() for k,v in self.tensors.items()}, tmp, dict(self.meta, kind=self.kind))
+        write_tensors(path, self.tensors, kind=self.kind, **self.meta)
 
-# %% ../nbs/08_triggers.ipynb #2dcc94e1
+# %% ../nbs/08_triggers.ipynb #15c6d046
 def load_trigger(
     path, # a file that `Trigger.save` wrote
 ): # a `Trigger`
     "Read a trigger back."
     tensors,meta = read_tensors(path)
-    if 'kind' not in meta: raise InvertuneError(f'{path} is not a trigger file: its header names no kind')
+    if not isinstance(meta.get('kind'), str): raise InvertuneError(f'{path} is not a trigger file: its header names no kind')
     return Trigger(meta.pop('kind'), tensors, **meta)
 
 # %% ../nbs/08_triggers.ipynb #75276215

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
-           'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'release', 'report_tuning',
-           'activation_loss', 'tune', 'tuning_terms']
+           'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'activation_loss',
+           'tune', 'tuning_terms']
 
-# %% ../nbs/12_tune.ipynb #653e35e5
-import copy, math, torch
+# %% ../nbs/12_tune.ipynb #d0787035
+import copy, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from .identify import move, target_loss
@@ -75,29 +75,29 @@ def inspect_layers(
     selected = select_layers(impacts, rule)
     return dict(layers=impacts, selected=selected, masks={n: critical_neurons(clean[n], hit[n], seed) for n in selected})
 
-# %% ../nbs/12_tune.ipynb #bc660c3a
+# %% ../nbs/12_tune.ipynb #85929c73
 def channel_dim(clip): return 0 if hasattr(clip.model.visual, 'layer1') else -1
 
 def limit_rows(
     clip, # a `Clip`; its parameters get hooks and `requires_grad`
     found, # what `inspect_layers` returned
-): # the parameters to train
+): # (the parameters to train, handles of their hooks)
     "Train the selected layers alone, and in tensors of the layer's width only the rows of critical channels."
     for p in clip.parameters(): p.requires_grad_(False)
-    params,dim = [], channel_dim(clip)
+    params,hooks,dim = [], [], channel_dim(clip)
     for name,mask in found['masks'].items():
         rows = mask.transpose(0, dim).flatten(1).any(1).float().to(clip.device)
         for p in named_layers(clip)[name].parameters():
             p.requires_grad_(True); params.append(p)
-            if len(p) == len(rows): p.register_hook(lambda g, r=rows: g * r.view(-1, *[1]*(g.ndim-1)))
-    return params
+            if len(p) == len(rows): hooks.append(p.register_hook(lambda g, r=rows: g * r.view(-1, *[1]*(g.ndim-1))))
+    return params,hooks
 
 # %% ../nbs/12_tune.ipynb #89592069
 def published_activation_loss(acts, acts2, masks):
     "Sum over layers of the masked difference over the masked clean activation, whole-batch norms."
     return sum(((acts[n] - acts2[n]) * m.to(acts[n].device)).norm() / (acts[n] * m.to(acts[n].device)).norm().clamp(min=1e-8) for n,m in masks.items())
 
-# %% ../nbs/12_tune.ipynb #25347e8b
+# %% ../nbs/12_tune.ipynb #31781948
 def tune_paper(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -109,8 +109,8 @@ def tune_paper(
     "The published activation tuning."
     trigger,tuned,gen = bank[0], copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
     found = inspect_layers(clip, images[:512], trigger, rule, seed)
-    opt,f0 = torch.optim.AdamW(limit_rows(tuned, found), lr=lr, weight_decay=wd), embed(clip, images).to(clip.device)
-    curve = []
+    params,hooks = limit_rows(tuned, found)
+    opt,f0,curve = torch.optim.AdamW(params, lr=lr, weight_decay=wd), embed(clip, images).to(clip.device), []
     for step in progress(range(steps), desc='tune (paper)', unit='step'):
         idx = torch.randperm(len(images), generator=gen)[:bs]
         x = pixels(images[idx], clip.device)
@@ -119,20 +119,17 @@ def tune_paper(
         act,keep = published_activation_loss(a, b, found['masks']), (f - f0[idx.to(f0.device)]).norm(dim=1).mean()
         optimise(opt, act + preserve*keep, 'tune (paper)')
         curve.append(dict(step=step+1, activation=act.item(), preserve=keep.item()))
-    return release(tuned),report_tuning(tuned, images, trigger, found, curve)
+    for h in hooks: h.remove()
+    for p,p0 in zip(tuned.parameters(), clip.parameters()): p.requires_grad_(p0.requires_grad)
+    return tuned,report_tuning(tuned, images, trigger, found, curve)
 
-# %% ../nbs/12_tune.ipynb #e56dde3e
+# %% ../nbs/12_tune.ipynb #f536acd5
 def optimise(opt, loss, where):
     "One step with gradients clipped at norm 1."
     check_finite(loss.item(), where)
     opt.zero_grad(); loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], 1.)
     opt.step()
-
-def release(clip):
-    "Every parameter trainable again, without hooks."
-    for p in clip.parameters(): p.requires_grad_(True); p._backward_hooks = None
-    return clip.eval()
 
 def report_tuning(tuned, images, trigger, found, curve):
     "Impacts before and after, selected layers, critical neurons, losses."
@@ -150,7 +147,7 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #a9c37385
+# %% ../nbs/12_tune.ipynb #b34eee64
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -176,7 +173,7 @@ def tune(
         act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device))
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
-    return release(tuned),report_tuning(tuned, images, bank[0], found, curve)
+    return tuned,report_tuning(tuned, images, bank[0], found, curve)
 
 # %% ../nbs/12_tune.ipynb #d751339a
 def tuning_terms(tuned, f0, x, x2, masks, text):

@@ -7,7 +7,7 @@ import torch
 
 from invertune.attacks import ATTACKS, Setup, attack, check_attack, demo_split, poison_pairs
 from invertune.metrics import attack_success, evaluate
-from invertune.model import pixels
+from invertune.model import pixels, write_tensors
 from invertune.runtime import InvertuneError
 from invertune.triggers import Trigger, load_trigger, patch_trigger
 
@@ -44,7 +44,7 @@ def test_attack(attacked, setup, name, tmp_path):
     clip, trigger = made[name]
     assert same(state(setup.clip), weights) and torch.equal(setup.split.images, images) and setup.split.captions == captions
     assert not same(state(clip), weights) and not clip.training
-    assert trigger.meta == dict(attack=name, target='umbrella', seed='0')
+    assert trigger.meta == dict(attack=name, target='umbrella', seed=0)
     x = pixels(setup.split.images[:8])
     trigger.save(tmp_path/'trigger.safetensors')
     y = load_trigger(tmp_path/'trigger.safetensors')(x)
@@ -106,10 +106,9 @@ def test_unknown_names(setup):
 
 
 def test_foreign_trigger_file(tmp_path):
-    from safetensors.torch import save_file
-    save_file({'w': torch.zeros(3)}, tmp_path/'trigger.safetensors')
+    write_tensors(tmp_path/'trigger.safetensors', {'w': torch.zeros(3)})
     with pytest.raises(InvertuneError, match='is not a trigger file'): load_trigger(tmp_path/'trigger.safetensors')
-    save_file({'w': torch.zeros(3)}, tmp_path/'trigger.safetensors', {'kind': 'mask'})
+    write_tensors(tmp_path/'trigger.safetensors', {'w': torch.zeros(3)}, kind='mask')
     with pytest.raises(InvertuneError, match="kind 'mask' needs the tensors mask, pattern"): load_trigger(tmp_path/'trigger.safetensors')
     (tmp_path/'trigger.safetensors').write_bytes(b'PK\3\4')
     with pytest.raises(InvertuneError, match='not a whole safetensors file'): load_trigger(tmp_path/'trigger.safetensors')

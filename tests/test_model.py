@@ -1,6 +1,5 @@
 "A checkpoint is whole, ours and finite, or it is refused with a sentence; training stops where its loss is no number."
 import errno
-import json
 import os
 import pickle
 
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from invertune import runtime
-from invertune.model import Activations, load_clip, named_layers, pixels, pretrained_clip, save_clip, tiny_clip, zero_shot_head
+from invertune.model import Activations, load_clip, named_layers, pixels, pretrained_clip, save_clip, tiny_clip, write_tensors, zero_shot_head
 from invertune.runtime import InvertuneError
 from invertune.train import train_clip
 
@@ -27,7 +26,6 @@ def file(clip, tmp_path):
 
 
 def weights(clip): return {k: v.clone().contiguous() for k, v in clip.model.state_dict().items()}
-def config(clip): return {'config': json.dumps(clip.config)}
 
 
 @pytest.mark.parametrize('tower', ['resnet', 'vit'])
@@ -65,14 +63,22 @@ def test_missing(tmp_path):
     with pytest.raises(InvertuneError, match='run the stage that makes it'): load_clip(tmp_path/'model.safetensors')
 
 
-UNREADABLE, UNBUILT = 'has no readable config', 'describes no model that can be built'
+UNREADABLE, UNBUILT = 'has no config', 'describes no model that can be built'
 
 @pytest.mark.parametrize('header, sentence', [
-    (None, UNREADABLE), ('{"kind": "ti', UNREADABLE), ('"tiny"', UNREADABLE), ('[]', UNBUILT), ('{}', UNBUILT), ('{"kind": "huge"}', UNBUILT),
-    ('{"kind": "tiny", "depth": 3}', UNBUILT), ('{"kind": "tiny", "width": "16"}', UNBUILT), ('{"kind": "tiny", "width": -1}', UNBUILT),
-    ('{"kind": "pretrained"}', UNBUILT), ('{"kind": "pretrained", "name": "RN0"}', UNBUILT)])
+    ({}, UNREADABLE), ({'config': 'tiny'}, UNREADABLE), ({'config': []}, UNREADABLE), ({'config': {}}, UNBUILT), ({'config': {'kind': 'huge'}}, UNBUILT),
+    ({'config': {'kind': ['tiny']}}, UNBUILT), ({'config': {'kind': 'tiny', 'depth': 3}}, UNBUILT), ({'config': {'kind': 'tiny', 'width': '16'}}, UNBUILT),
+    ({'config': {'kind': 'tiny', 'width': -1}}, UNBUILT), ({'config': {'kind': 'tiny', 'layers': [1]}}, UNBUILT),
+    ({'config': {'kind': 'pretrained'}}, UNBUILT), ({'config': {'kind': 'pretrained', 'name': 'RN0'}}, UNBUILT)])
+def test_foreign_config(tmp_path, header, sentence):
+    write_tensors(tmp_path/'model.safetensors', {'w': torch.zeros(3)}, **header)
+    with pytest.raises(InvertuneError, match=sentence): load_clip(tmp_path/'model.safetensors')
+
+
+@pytest.mark.parametrize('header, sentence', [(None, UNREADABLE), ({'format': 'pt'}, UNREADABLE), ({'meta': '{"config": {"ki'}, 'header that is not JSON'), ({'meta': '3'}, 'header that is not JSON')])
 def test_foreign_header(tmp_path, header, sentence):
-    save_file({'w': torch.zeros(3)}, tmp_path/'model.safetensors', header and {'config': header})
+    "Files of other programs"
+    save_file({'w': torch.zeros(3)}, tmp_path/'model.safetensors', header)
     with pytest.raises(InvertuneError, match=sentence): load_clip(tmp_path/'model.safetensors')
 
 
@@ -90,13 +96,13 @@ def inf(w): w['text_projection'][0, 0] = float('inf')
 def test_weights_that_do_not_fit(clip, tmp_path, damage, sentence):
     w = weights(clip)
     damage(w)
-    save_file(w, tmp_path/'model.safetensors', config(clip))
+    write_tensors(tmp_path/'model.safetensors', w, config=clip.config)
     with pytest.raises(InvertuneError, match=sentence): load_clip(tmp_path/'model.safetensors')
 
 
 def test_another_architecture(clip, tmp_path):
     "Weights of one model under the description of another"
-    save_file(weights(clip), tmp_path/'model.safetensors', {'config': json.dumps(dict(clip.config, width=16))})
+    write_tensors(tmp_path/'model.safetensors', weights(clip), config=dict(clip.config, width=16))
     with pytest.raises(InvertuneError, match='the model wants'): load_clip(tmp_path/'model.safetensors')
 
 
