@@ -1,5 +1,6 @@
 # make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
-# make seeds   the same for other seeds, means and intervals: hours (PROFILE, JOBS as above)
+# make seeds   the same for other seeds and targets: means and intervals (PROFILE, JOBS as above)
+# make durability  what clean fine-tuning brings back, for every defense
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
@@ -17,14 +18,18 @@ READY   := .venv/ready
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds check test bench lab docs readme prepare outputs clean
+.PHONY: repro seeds durability check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
 
 # What takes longer than the main job: every attack and defense again for each of the other seeds in params.yaml.
 seeds: $(READY)
-	@$(BIN)/python -m invertune.pipeline --seeds $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.pipeline seeds $(if $(PROFILE),--profile $(PROFILE))
+
+# Does a removed backdoor come back when the model is fine-tuned on clean pairs?
+durability: $(READY)
+	@$(BIN)/python -m invertune.pipeline durability $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py
