@@ -1,5 +1,5 @@
 # make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
-# make seeds   the same for other seeds and targets: means and intervals (PROFILE, JOBS as above)
+# make seeds   the same for other seeds and targets, means and intervals: twice as long (PROFILE, JOBS as above)
 # make durability  what clean fine-tuning brings back, for every defense
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
