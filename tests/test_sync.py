@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from invertune.pages import readme_text
+from invertune.pages import build_docs, readme_text
 from invertune.paths import ROOT
 
 
@@ -44,3 +44,11 @@ def test_readme_equals_front_page():
     rerun = subprocess.run(['git', 'status', '--porcelain', 'results'], cwd=ROOT, capture_output=True, text=True).stdout
     text = lambda page: re.sub(r'-?\d+(\.\d+)?', '#', page) if rerun else page
     assert text((ROOT/'README.md').read_text()) == text(readme_text()), 'run `make readme`'
+
+
+def test_every_notebook_has_a_page(tmp_path):
+    "`make docs` renders all of them, and the list of contents links each."
+    index = build_docs(tmp_path/'docs').read_text()
+    pages = {p.name for p in (tmp_path/'docs').glob('*.html')} - {'index.html'}
+    books = [*(ROOT/'nbs').glob('[0-9]*.ipynb'), *(ROOT/'nbs'/'pipeline').glob('[0-9]*.ipynb')]
+    assert len(pages) >= len(books) and all(f'href="{p}"' in index for p in pages)
