@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LOOKS', 'relearn', 'durability', 'durability_table', 'durability_curves']
 
-# %% ../nbs/20_durability.ipynb #754432ad
+# %% ../nbs/20_durability.ipynb #9da2d244
 import copy, torch
 import matplotlib.pyplot as plt
 import pandas as pd
 from .figures import WIDTH, figure, looks
 from .model import *
 from .runtime import InvertuneError, progress
-from .tables import ATTACK_ORDER, DEFENSE_ORDER
+from .tables import DEFENSE_ORDER, rank
 from .train import *
 
 # %% ../nbs/20_durability.ipynb #7c6e75be
@@ -50,16 +50,13 @@ def durability(
     step,asr = (torch.tensor([float(p[k]) for p in curve]) for k in ('step','asr'))
     return dict(asr_delivered=asr[0].item(), asr_worst=asr.max().item(), asr_area=(torch.trapezoid(asr, step) / (step[-1]-step[0])).item(), ca_after=curve[-1]['ca'])
 
-# %% ../nbs/20_durability.ipynb #745a668a
+# %% ../nbs/20_durability.ipynb #9367bbb8
 def durability_table(
     rows, # [dict(attack, defense, lr, pairs, curve)]
 ): # a DataFrame, percent, one row a curve
     "Delivered, worst and mean ASR of every curve."
-    known = dict(attack=ATTACK_ORDER, defense=DEFENSE_ORDER)
-    place = lambda c: c.map({n:i for i,n in enumerate([*known[c.name], *sorted(set(c) - set(known[c.name]))])}) if c.name in known else c
-    table = pd.DataFrame([dict(attack=r['attack'], defense=r['defense'], lr=r['lr'], pairs=r['pairs']) | {k: 100*v for k,v in durability(r['curve']).items()} for r in rows])
-    table = table.sort_values(['lr','pairs','attack','defense'], ascending=[False,True,True,True], ignore_index=True, key=place)
-    return table.assign(lr=table['lr'].map('{:g}'.format))
+    rows = sorted(rows, key=lambda r: (-r['lr'], r['pairs'], rank(r['attack'], r['defense'])))
+    return pd.DataFrame([{k: r[k] for k in ('attack','defense')} | dict(lr=f"{r['lr']:g}", pairs=r['pairs']) | {k: 100*v for k,v in durability(r['curve']).items()} for r in rows])
 
 @figure
 def durability_curves(
@@ -67,12 +64,11 @@ def durability_curves(
 ): # figure: a panel for each setting, a line for each defense
     "ASR over the steps: the mean over attacks as a line, the worst attack as the top of a band."
     settings = sorted({(r['lr'], r['pairs']) for r in rows}, key=lambda s: (-s[0], s[1]))
-    style = looks(dict.fromkeys(r['defense'] for r in rows), DEFENSE_ORDER)
+    style,step = looks(dict.fromkeys(r['defense'] for r in rows), DEFENSE_ORDER), [p['step'] for p in rows[0]['curve']]
     fig,axs = plt.subplots(1, len(settings), figsize=(WIDTH, 2.4), sharey=True, squeeze=False)
     for ax,setting in zip(axs[0], settings):
         for name,(color,marker,dash) in style.items():
             asr = 100*torch.tensor([[p['asr'] for p in r['curve']] for r in rows if (r['lr'],r['pairs']) == setting and r['defense'] == name])
-            step = [p['step'] for p in rows[0]['curve']]
             ax.plot(step, asr.mean(0), color=color, marker=marker, ls=dash, ms=3, label=name)
             ax.fill_between(step, asr.mean(0), asr.max(0).values, color=color, alpha=.12, lw=0)
         ax.set(xscale='symlog', xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102), xlim=(0, step[-1]))

@@ -6,12 +6,12 @@
 __all__ = ['rebased', 'readme_text', 'write_readme', 'shown', 'cost_of', 'markdown_table', 'story_notebooks', 'for_readers',
            'title', 'subtitle', 'nav', 'contents', 'sources', 'build_docs', 'main']
 
-# %% ../nbs/18_pages.ipynb #c7de4c96
+# %% ../nbs/18_pages.ipynb #5fccd24e
 import html, os, re, shutil, sys
 from pathlib import Path
 
 from .paths import NBS, RESULTS, ROOT
-from .pipeline import load_costs
+from .pipeline import kind, load_costs
 from .runtime import InvertuneError, atomic_path
 from .stages import MAIN, set_environment
 
@@ -58,14 +58,14 @@ def shown(
     if not file.exists(): return f'*`{file.relative_to(ROOT)}` is not made yet.*'
     return file.read_text(encoding='utf-8') if file.suffix == '.md' else f'![{about}](../{file.relative_to(ROOT)})'
 
-# %% ../nbs/18_pages.ipynb #10681c77
+# %% ../nbs/18_pages.ipynb #0ebf87bd
 def cost_of(
     profile: str,       # such as 'glyphs'
     *stages: str,       # names of stages, such as 'train'; those of the main job if none is given
     cores: int = 2,     # shared by the single-thread runs
 )->str:                 # such as '25 min, 1.2 GB'
     "Minutes and the largest process's memory, from what the committed run cost."
-    costs = {n: c for n, c in load_costs(profile).items() if n.split('@')[0] in (stages or MAIN)}
+    costs = {n: c for n, c in load_costs(profile).items() if kind(n) in (stages or MAIN)}
     if not costs: return '?'
     alone = sum(c['seconds'] for n, c in costs.items() if n.endswith(f'@{profile}'))
     shared = sum(c['seconds'] for n, c in costs.items()) - alone

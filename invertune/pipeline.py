@@ -389,7 +389,7 @@ class Run:
         try: save_json(_costs_file(self.profile), self.costs)
         except InvertuneError: pass
 
-# %% ../nbs/17_pipeline.ipynb #d1abebb2
+# %% ../nbs/17_pipeline.ipynb #baa01b76
 def publish_costs(
     profile: str,  # such as 'glyphs'
     plan: dict,    # its stages
@@ -397,9 +397,9 @@ def publish_costs(
     "Put the costs of a whole run beside the results, where there are none yet; those that are there stay as they are."
     file, costs = RESULTS/profile/'costs.json', load_costs(profile)
     kept = load_json(file) if file.exists() else {}
-    made = {n: costs[n] for n in plan if n in costs}
+    known = {**{n: costs[n] for n in plan if n in costs}, **kept}
     free = lambda n: n.endswith('.dvc') or kind(n) == 'data'  # in git, so up to date in a fresh clone
-    if set(made) - set(kept) and all(n in {**made, **kept} or free(n) for n in plan): save_json(file, {**made, **kept})
+    if len(known) > len(kept) and all(n in known or free(n) for n in plan): save_json(file, known)
 
 # %% ../nbs/17_pipeline.ipynb #aea4c09e
 def confirm(

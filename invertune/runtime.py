@@ -17,7 +17,7 @@ from tqdm import tqdm
 class InvertuneError(Exception):
     "A failure that its reader can do something about, in one sentence."
 
-# %% ../nbs/01_runtime.ipynb #896d7084
+# %% ../nbs/01_runtime.ipynb #f7de4f22
 def seed_everything(
     seed: int,  # any integer from 0 to 2**32-1
 )->None:
@@ -28,7 +28,7 @@ def seed_everything(
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is filled first: a fifth of a training step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # our results do not need it, and it slows every step
     torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/01_runtime.ipynb #de20ee61
