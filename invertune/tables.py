@@ -231,13 +231,14 @@ def cost_table(
     costs = [read_cost(profile, *pair) for pair in pairs]
     return pd.DataFrame(costs, columns=['attack', 'defense', 'seconds', 'peak_mb']).round(1)
 
-# %% ../nbs/14_tables.ipynb #1d46a33d
+# %% ../nbs/14_tables.ipynb #f6a80c03
 HEADINGS = {'attack': 'Attack', 'defense': 'Defense', 'seeds': 'Seeds', 'ca': 'CA %', 'ca_ci95': '± CA', 'asr': 'ASR %',
             'asr_ci95': '± ASR', 'asr_with_target': 'ASR % with target', 'ca_top5': 'CA top-5 %', 'attacks': 'Attacks',
             'ca_fall': 'CA fall, points', 'asr_fall': 'ASR fall, points', 'asr_relative_fall': 'ASR fall, %',
             'asr_worst': 'worst ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB', 'column': 'Column',
             'committed': 'Committed', 'rerun': 'Rerun', 'difference': 'Difference', 'lr': 'Learning rate', 'pairs': 'Pairs',
             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after',
+            'target': 'Target', 'found': 'Found', 'inverted_asr': 'inverted ASR %',
             **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
 def printed(
