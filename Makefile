@@ -2,6 +2,7 @@
 # make seeds   the same for other seeds and targets, means and intervals: twice as long (PROFILE, JOBS as above)
 # make durability  what clean fine-tuning brings back, for every defense
 # make harder  drawn triggers, a trigger that may be anywhere, two backdoors in one model, a ViT
+# make ablations  what each part of the method is worth, and how few clean images are enough
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
@@ -19,7 +20,7 @@ READY   := .venv/ready
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds durability harder check test bench lab docs readme prepare outputs clean
+.PHONY: repro seeds durability harder ablations check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -35,6 +36,10 @@ durability: $(READY)
 # What do the defenses make of backdoors that they were not made for?
 harder: $(READY)
 	@$(BIN)/python -m invertune.pipeline structured $(if $(PROFILE),--profile $(PROFILE))
+
+# The defense without each of its parts, and with fewer clean images.
+ablations: $(READY)
+	@$(BIN)/python -m invertune.pipeline ablations $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py

@@ -6,11 +6,11 @@
 __all__ = ['clock', 'race', 'plain_pass', 'training_runs', 'layout_runs', 'scan_runs', 'tuning_runs', 'step_speed', 'benchmark',
            'main']
 
-# %% ../nbs/19_benchmark.ipynb #711e8846
+# %% ../nbs/19_benchmark.ipynb #4e55e8b7
 import copy, statistics, time, torch
 import pandas as pd
 from .identify import descend, start, target_loss
-from .invert import grid_masks, make_bank, scan_places
+from .invert import grid, make_bank, place_masks, scan_places
 from .metrics import embed
 from .model import *
 from .train import clip_loss, train_clip
@@ -64,11 +64,11 @@ def layout_runs(clip, images, bs):
             'image tower': (lambda: clip.train().encode_image(x).sum().backward(), bs),
             'image tower, channels_last off': (lambda: (off.train(), plain().sum().backward()), bs)}
 
-# %% ../nbs/19_benchmark.ipynb #9d66a100
+# %% ../nbs/19_benchmark.ipynb #4aa1e2cd
 def scan_runs(clip, images, steps=2, some=6):
     "Patches at all places side by side, and at some of them one by one."
     side = images.shape[-1]
-    masks,head = grid_masks(side, side//8, side//8), torch.nn.functional.normalize(torch.randn(8, clip.model.text_projection.shape[-1], device=clip.device), dim=1)
+    masks,head = place_masks(grid(side, side//8, side//8), side, side//8), torch.nn.functional.normalize(torch.randn(8, clip.model.text_projection.shape[-1], device=clip.device), dim=1)
     def one_by_one(bs):
         for m in masks[:some]: descend(clip, images, Trigger('mask', dict(mask=m[None], pattern=torch.rand(1,3,side,side))), target_loss(head, 0), steps, bs)
     return {'places, side by side': (lambda: scan_places(clip, images, head, 0, masks, steps, per=3), len(masks)),

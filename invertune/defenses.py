@@ -90,13 +90,13 @@ def invertune_paper(clip, clean, seed=0, identify={}, invert={}, tune={}):
     tuned,report = step3.tune_paper(clip, clean.images, bank, seed=seed, **tune)
     return tuned,dict(report, target=clean.classes[found['index']], inverted_asr=bank.asr[0])
 
-# %% ../nbs/13_defenses.ipynb #ee39806e
+# %% ../nbs/13_defenses.ipynb #a03226b9
 def invertune(clip, clean, seed=0, identify={}, invert={}, tune={}):
     "Our InverTune."
     head = clean.head(clip)
     found = step1.identify(clip, clean.images, head, seed=seed, **identify)
     bank,_,_ = step2.invert(clip, clean.images, head, found['index'], seed=seed, **invert)
-    tuned,report = step3.tune(clip, clean.images, head, found['index'], bank, seed=seed, **tune)
+    tuned,report = step3.erase(clip, clean.images, head, found['index'], bank, seed=seed, **tune)
     return tuned,dict(report, target=clean.classes[found['index']], inverted_asr=bank.asr[0])
 
 # %% ../nbs/13_defenses.ipynb #bc291d40

@@ -32,7 +32,7 @@ def center_mask(
     s = round(side * area**.5)
     return patch_at(torch.zeros(3,s,s), side, (side-s)//2, (side-s)//2)[0]
 
-# %% ../nbs/10_identify.ipynb #f067bad1
+# %% ../nbs/10_identify.ipynb #f074dca9
 FREE = dict(mask=('pattern', 0., 1.), coarse=('coarse', 0., 1.), warp=('flow', -3., 3.)) # of each kind: the tensor that moves, and its bounds
 
 FAMILIES = dict(
@@ -40,7 +40,7 @@ FAMILIES = dict(
     center=lambda side,rand: ('mask', dict(mask=center_mask(side), pattern=rand(1,3,side,side))),
     blend=lambda side,rand: ('mask', dict(mask=torch.full((1,1,side,side), .1), pattern=rand(1,3,side,side))),
     smooth=lambda side,rand: ('coarse', dict(mask=torch.full((1,1,side,side), .25), coarse=rand(1,3,side//4,side//4))),
-    bands=lambda side,rand: ('coarse', dict(mask=torch.full((1,1,side,side), .25), coarse=rand(1,3,1,side))),
+    bands=lambda side,rand: ('coarse', dict(mask=torch.full((1,1,side,side), .18), coarse=rand(1,3,1,side))),
     warp=lambda side,rand: ('warp', dict(flow=2*rand(1,side,side,2)-1)))
 
 def start(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ATTACK_ORDER', 'DEFENSE_ORDER', 'RATES', 'RECALLS', 'ROW_KEYS', 'SUMMARY', 'HEADINGS', 'WRITERS',
            'TOLERANCE', 'rank', 'wilson', 'student_half', 'half_width', 'check_row', 'read_rows', 'expect_rows',
-           'collect_rows', 'collect_seed_rows', 'of_seed', 'main_table', 'summary_table', 'sentences',
-           'retrieval_table', 'read_cost', 'cost_table', 'printed', 'to_csv', 'to_markdown', 'to_latex', 'write_table',
-           'parse_table', 'read_table', 'compare_tables', 'committed_table', 'check', 'main']
+           'collect_rows', 'collect_seed_rows', 'of_seed', 'main_table', 'summary_table', 'sentences', 'collect_found',
+           'found_table', 'retrieval_table', 'read_cost', 'cost_table', 'printed', 'to_csv', 'to_markdown', 'to_latex',
+           'write_table', 'parse_table', 'read_table', 'compare_tables', 'committed_table', 'check', 'main']
 
 # %% ../nbs/14_tables.ipynb #884fc3bc
 import argparse, io, math, subprocess
@@ -192,6 +192,31 @@ def sentences(
                     f"CA {'falls' if row['ca_fall'] >= 0 else 'rises'} by {abs(row['ca_fall']):.2f} points.")
     return said
 
+# %% ../nbs/14_tables.ipynb #9ac3f428
+def collect_found(
+    profile:str,    # results/<profile> is read
+    attacks:list,   # expected attacks, without 'clean'
+    seed:int,       # of the main run, under identify/
+    others:list,    # seeds of the other runs, under rerun/
+)->list:            # dict(attack, defense, seed, target, found), class names
+    "What was named and what was true, for every run of a defense that names a target."
+    rows = []
+    for attack in attacks:
+        said = load_json(result_dir(profile, 'identify', attack)/'identify.json')['variants']
+        true = read_rows(result_dir(profile, 'evaluate', attack)/'metrics.json')[0]['target']
+        rows += [dict(attack=attack, defense=d, seed=seed, target=true, found=said[v]['target']) for d, v in (('invertune-paper', 'paper'), ('invertune', 'ours'))]
+        for other in others: rows += [r for r in read_rows(result_dir(profile, 'rerun', f'{attack}-{other}')/'metrics.json') if r.get('found')]
+    return rows
+
+def found_table(
+    rows:list,       # what `collect_found` returned
+)->pd.DataFrame:     # defense, runs, found, missed: attack, seed and what was named instead
+    "How often each defense names the true target."
+    groups = pd.DataFrame(rows).groupby('defense')
+    wrong = lambda g: ', '.join(f"{r.attack} {r.seed} ({r.found})" for r in g.itertuples() if r.found != r.target) or 'none'
+    lines = [{'defense': d, 'runs': len(g), 'found': int((g['found'] == g['target']).sum()), 'missed': wrong(g)} for d, g in groups]
+    return pd.DataFrame(sorted(lines, key=lambda line: rank('', line['defense'])))
+
 # %% ../nbs/14_tables.ipynb #7351d971
 def retrieval_table(
     rows:list,       # evaluated rows of one seed or several
@@ -231,14 +256,15 @@ def cost_table(
     costs = [read_cost(profile, *pair) for pair in pairs]
     return pd.DataFrame(costs, columns=['attack', 'defense', 'seconds', 'peak_mb']).round(1)
 
-# %% ../nbs/14_tables.ipynb #f6a80c03
+# %% ../nbs/14_tables.ipynb #a5af1784
 HEADINGS = {'attack': 'Attack', 'defense': 'Defense', 'seeds': 'Seeds', 'ca': 'CA %', 'ca_ci95': '± CA', 'asr': 'ASR %',
             'asr_ci95': '± ASR', 'asr_with_target': 'ASR % with target', 'ca_top5': 'CA top-5 %', 'attacks': 'Attacks',
             'ca_fall': 'CA fall, points', 'asr_fall': 'ASR fall, points', 'asr_relative_fall': 'ASR fall, %',
             'asr_worst': 'worst ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB', 'column': 'Column',
             'committed': 'Committed', 'rerun': 'Rerun', 'difference': 'Difference', 'lr': 'Learning rate', 'pairs': 'Pairs',
             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after',
-            'target': 'Target', 'found': 'Found', 'inverted_asr': 'inverted ASR %',
+            'target': 'Target', 'inverted_asr': 'inverted ASR %', 'variant': 'Variant', 'worst_attack': 'worst attack', 'asr_more': 'ASR, points more', 'ca_more': 'CA, points more',
+            'rule': 'Rule', 'runs': 'Runs', 'found': 'Found', 'missed': 'Missed', 'images': 'Clean images',
             **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
 def printed(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'activation_loss',
-           'tune', 'tuning_terms']
+           'renew', 'shifted', 'tune', 'tuning_terms', 'erase']
 
-# %% ../nbs/12_tune.ipynb #d0787035
+# %% ../nbs/12_tune.ipynb #4689bd01
 import copy, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .identify import move, target_loss
+from .identify import FAMILIES, move, start, target_loss
 from .invert import *
 from .metrics import embed
 from .model import *
@@ -147,7 +147,30 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #b34eee64
+# %% ../nbs/12_tune.ipynb #db4de852
+def renew(
+    trigger, # a `Trigger` of a bank
+    jitter:int, # pixels that a patch may move aside
+    gen, # a torch.Generator
+): # another `Trigger`
+    "A trigger of the same kind from another random start."
+    kind,t = trigger.meta['inverted'],trigger.tensors
+    side = next(iter(t.values())).shape[-1] if kind != 'warp' else t['flow'].shape[1]
+    if kind in FAMILIES: return start(kind, side, int(torch.randint(2**31, (1,), generator=gen)))
+    mask = shifted(t['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist()) if kind == 'patch' else t['mask']
+    return Trigger('mask', dict(mask=mask, pattern=torch.rand(t['pattern'].shape, generator=gen)), **trigger.meta)
+
+def shifted(
+    mask, # [1,1,H,W]
+    dy:int, dx:int, # in pixels
+): # [1,1,H,W]
+    "The mask moved, no further than the rim."
+    for dim,d in ((2, dy), (3, dx)):
+        at = mask.amax(5-dim)[0,0].nonzero()
+        mask = mask.roll(max(-int(at[0]), min(d, mask.shape[dim]-1-int(at[-1]))), dim)
+    return mask
+
+# %% ../nbs/12_tune.ipynb #7f774216
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -156,20 +179,23 @@ def tune(
     bank, # a `Bank` of inverted triggers
     steps:int=100, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
     moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, and their size as a share of its range
-    activation:float=.3, embedding:float=3., preserve:float=3., # weights of the terms
+    fresh:int=2, fresh_size:float=.25, jitter:float=7, # every how many steps a fresh start (0: never), its sign steps' size, pixels aside at 224
+    activation:float=.3, embedding:float=3., preserve:float=5., # weights of the terms
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
+    received=None, # the `Clip` whose clean behaviour is kept; None: `clip`
     seed:int=0, # of the batches and of k-means
 ): # (tuned `Clip`, report)
     "Activation tuning against a bank of triggers that keep up with the model."
-    f0,tuned,gen = clip.eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
+    f0,tuned,gen = (received or clip).eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
     found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), copy.deepcopy(bank.above(gate))
     opt,curve = torch.optim.AdamW(tuned.model.visual.parameters(), lr=lr, weight_decay=wd, fused=True), []
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
-        trigger = triggers[step % len(triggers)]
-        for _ in range(moves): move(tuned, x, trigger, target_loss(head, index), size)
+        trigger,anew = triggers[step // max(fresh, 1) % len(triggers)], fresh and step % fresh == fresh-1
+        if anew: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
+        for _ in range(2*moves if anew else moves): move(tuned, x, trigger, target_loss(head, index), fresh_size if anew else size)
         act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device))
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
@@ -182,3 +208,27 @@ def tuning_terms(tuned, f0, x, x2, masks, text):
     with Activations(tuned, masks) as acts: e = tuned.encode_image(torch.cat([x, x2]))
     e,e2 = e.split(len(x))
     return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
+
+# %% ../nbs/12_tune.ipynb #46c71935
+def erase(
+    clip, # the model under test; a copy is tuned
+    images, # the defender's clean images, uint8 [N,3,H,W]
+    head, # zero-shot head [C,D]
+    index:int, # the identified target
+    bank, # a `Bank` of inverted triggers
+    rounds:int=3, # tunings at most
+    done:float=.1, # stop when nothing reaches this inverted ASR
+    seed:int=0, # of everything
+    search={}, # parameters of `invert`
+    **tune_params, # of `tune`
+): # (tuned `Clip`, the first round's report with `again`: the inverted ASR and kind of what each later look found)
+    "Tune, invert again and tune again, until nothing can be inverted any more."
+    tuned,report = tune(clip, images, head, index, bank, seed=seed, **tune_params)
+    report['again'] = []
+    for r in range(1, rounds + 1):
+        found,_,_ = invert(tuned, images, head, index, seed=seed+r, **search)
+        report['again'].append(dict(inverted_asr=found.asr[0], kind=found.kind[0]))
+        if found.asr[0] < done or r == rounds: break
+        tuned,more = tune(tuned, images, head, index, found, received=clip, seed=seed+r, **(tune_params | dict(gate=done)))
+        report['curve'] += [dict(c, step=c['step'] + len(report['curve'])) for c in more['curve']]
+    return tuned,report

@@ -141,7 +141,7 @@ def test_the_pipeline_keeps_secrets(stage):
 def test_who_reads_trigger_files():
     readers = {name for name, s in stages().items() if any('trigger' in d and 'results/' in d for d in files(s['deps']))}
     makers = {name for name, s in stages().items() if any('trigger' in o for o in files(s['outs']))}
-    assert readers == {'evaluate', 'relearn'} and makers == {'poison'}
+    assert readers == {'evaluate', 'relearn', 'ablate', 'scarce'} and makers == {'poison'}
 
 
 @pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
