@@ -7,11 +7,11 @@ __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neuro
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'activation_loss',
            'renew', 'shifted', 'tune', 'tuning_terms', 'erase']
 
-# %% ../nbs/12_tune.ipynb #4689bd01
+# %% ../nbs/12_tune.ipynb #e1ff71b5
 import copy, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .identify import FAMILIES, move, start, target_loss
+from .identify import move, start, target_loss
 from .invert import *
 from .metrics import embed
 from .model import *
@@ -147,7 +147,7 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #db4de852
+# %% ../nbs/12_tune.ipynb #5c847e48
 def renew(
     trigger, # a `Trigger` of a bank
     jitter:int, # pixels that a patch may move aside
@@ -155,10 +155,11 @@ def renew(
 ): # another `Trigger`
     "A trigger of the same kind from another random start."
     kind,t = trigger.meta['inverted'],trigger.tensors
-    side = next(iter(t.values())).shape[-1] if kind != 'warp' else t['flow'].shape[1]
-    if kind in FAMILIES: return start(kind, side, int(torch.randint(2**31, (1,), generator=gen)))
-    mask = shifted(t['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist()) if kind == 'patch' else t['mask']
-    return Trigger('mask', dict(mask=mask, pattern=torch.rand(t['pattern'].shape, generator=gen)), **trigger.meta)
+    if 'pattern' in t:
+        mask = shifted(t['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist()) if kind == 'patch' else t['mask']
+        return Trigger('mask', dict(mask=mask, pattern=torch.rand(t['pattern'].shape, generator=gen)), **trigger.meta)
+    side = t['flow'].shape[1] if kind == 'warp' else t['mask'].shape[-1]
+    return start(kind, side, int(torch.randint(2**31, (1,), generator=gen)))
 
 def shifted(
     mask, # [1,1,H,W]

@@ -18,7 +18,8 @@ from invertune.runtime import InvertuneError
 
 SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),
          'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
-         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)), tune=dict(steps=3, gate=0.))}
+         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)),
+                           tune=dict(steps=3, gate=0., rounds=2, done=0., search=dict(steps=2, stride=56, families=('warp',))))}
 STEPS = {'invertune-paper', 'invertune'}
 
 
@@ -140,7 +141,7 @@ def test_the_pipeline_keeps_secrets(stage):
 
 def test_who_reads_trigger_files():
     readers = {name for name, s in stages().items() if any('trigger' in d and 'results/' in d for d in files(s['deps']))}
-    makers = {name for name, s in stages().items() if any('trigger' in o for o in files(s['outs']))}
+    makers = {name for name, s in stages().items() if any('trigger.safetensors' in o for o in files(s['outs']))}
     assert readers == {'evaluate', 'relearn', 'ablate', 'scarce'} and makers == {'poison'}
 
 
@@ -151,6 +152,35 @@ def test_the_notebook_keeps_secrets(stage):
     code = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
     found = [w for w in ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'", 'attack_success', 'metrics.json') if w in code]
     assert not found and "'poison', attack)/'model.safetensors'" in code
+
+
+def test_rounds_end_when_nothing_is_found(received, clean):
+    "A look that finds nothing ends the rounds; one that finds something starts another, and the last round looks once more."
+    head, search = clean.head(received), dict(steps=1, stride=112, families=())
+    bank = make_bank([(start('patch', 32), 1.)])
+    once, _ = tune.tune(received, clean.images, head, 4, bank, steps=2)
+    ended, report = tune.erase(received, clean.images, head, 4, bank, done=1.1, steps=2, search=search)
+    assert same(state(ended), state(once)) and len(report['again']) == 1 and len(report['curve']) == 2
+    went_on, report = tune.erase(received, clean.images, head, 4, bank, rounds=2, done=0., steps=2, search=search)
+    assert not same(state(went_on), state(once)) and len(report['again']) == 2 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+
+
+def test_a_fresh_trigger_is_of_the_same_kind():
+    gen = torch.Generator().manual_seed(0)
+    for family in identify.FAMILIES:
+        old = start(family, 32, seed=1)
+        new = tune.renew(old, 2, gen)
+        assert new.kind == old.kind and new.meta['inverted'] == family and new.tensors.keys() == old.tensors.keys()
+        assert any(not torch.equal(new.tensors[k], v) for k, v in old.tensors.items())
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 28:, 28:] = 1
+    for _ in range(9): assert tune.renew(invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch'), 4, gen).tensors['mask'].sum() == 16
+
+
+def test_places_near_the_best():
+    assert invert.around([(0, 0)], 4, 24) == [(0, 0), (0, 4), (4, 0), (4, 4)]
+    assert invert.grid(32, 8, 16) == [(i, j) for i in (0, 16, 24) for j in (0, 16, 24)]
+    assert invert.place_masks([(24, 0)], 32, 8)[0, 0].nonzero().min(0).values.tolist() == [24, 0]
 
 
 # Bad input

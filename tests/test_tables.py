@@ -6,7 +6,7 @@ import pytest
 
 from invertune import tables
 from invertune.runtime import InvertuneError, save_json
-from invertune.tables import (COLUMNS, RECALLS, check_row, collect_rows, collect_seed_rows, compare_tables, cost_table, half_width, main_table,
+from invertune.tables import (COLUMNS, RECALLS, check_row, collect_found, collect_rows, collect_seed_rows, compare_tables, cost_table, found_table, half_width, main_table,
                               parse_table, read_table, student_half, summary_table, to_csv, to_latex, to_markdown, wilson, write_table)
 
 
@@ -96,6 +96,15 @@ def test_seeds_are_collected_and_a_file_under_a_wrong_seed_is_refused(evaluated)
     save_json(rerun, {'rows': [row('badnet', 'none', seed=0)]})
     with pytest.raises(InvertuneError, match='a file of seed 1 holds rows of seed 0'): collect_seed_rows('toy', ['badnet'], ['none'], 0, [1])
     with pytest.raises(InvertuneError, match='rerun.badnet-2.*is missing'): collect_seed_rows('toy', ['badnet'], ['none'], 0, [2])
+
+
+def test_named_targets(evaluated):
+    "Of the main run from its own files, of a rerun from its rows; only a defense that names a target is counted."
+    said = {'variants': {'paper': {'target': 'sun'}, 'ours': {'target': 'anchor'}}}
+    save_json(evaluated/'toy/identify/badnet/identify.json', said)
+    save_json(evaluated/'toy/rerun/badnet-1/metrics.json', {'rows': [row('badnet', 'none', seed=1, found=None), row('badnet', 'invertune', seed=1, found='die')]})
+    table = found_table(collect_found('toy', ['badnet'], 0, [1]))
+    assert table.values.tolist() == [['invertune-paper', 1, 0, 'badnet 0 (sun)'], ['invertune', 2, 1, 'badnet 1 (die)']]
 
 
 def test_cost_is_read_from_both_places(results):
