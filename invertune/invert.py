@@ -206,7 +206,7 @@ def promising(
     asr = [inverted_asr(clip, head, images, index, t) for t in triggers]
     return [t for t,a in zip(triggers, asr) if a >= least] or [triggers[asr.index(max(asr))]]
 
-# %% ../nbs/11_invert.ipynb #40f8b410
+# %% ../nbs/11_invert.ipynb #92301380
 def invert(
     clip, # the model under test
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -215,7 +215,7 @@ def invert(
     patch:float=28, stride:float=28, # side and spacing of the grid's patches, at 224
     keep:int=3, # places that become patches
     families=('blend','smooth','bands','warp'), # whole-image families beside them
-    trial:int=10, steps:int=30, bs:int=48, # sign steps before the first look; in all; images a step
+    trial:int=8, steps:int=24, bs:int=32, # sign steps before the first look; in all; images a step
     seed:int=0, # of everything
 ): # (a `Bank`, place scores [P], their masks [P,1,H,W])
     "Ours: places by a parallel scan, then patches at the best of them and one member of each whole-image family."
@@ -223,7 +223,7 @@ def invert(
     size,step,best = scaled(patch, side), scaled(stride, side), lambda scores: scores.topk(min(keep, len(scores))).indices.tolist()
     places = grid(side, size, step)
     masks,_,scores = ask(clip, fit, test, head, index, places, size, seed=seed)
-    near,pattern,finer = ask(clip, fit, test, head, index, around([places[i] for i in best(scores)], step//2, side-size), size, 6, 48, seed+1)
+    near,pattern,finer = ask(clip, fit, test, head, index, around([places[i] for i in best(scores)], step//2, side-size), size, 4, 32, seed+1)
     starts = [Trigger('mask', dict(mask=near[i:i+1], pattern=pattern[i:i+1]), inverted='patch') for i in best(finer)] + [start(f, side, seed) for f in families]
     tried = promising(clip, head, test[:128], index, [descend(clip, fit, t, loss, min(trial, steps), bs, seed=seed) for t in starts])
     made = [descend(clip, fit, t, loss, max(0, steps-trial), bs, seed=seed+1) for t in tried]

@@ -171,15 +171,15 @@ def shifted(
         mask = mask.roll(max(-int(at[0]), min(d, mask.shape[dim]-1-int(at[-1]))), dim)
     return mask
 
-# %% ../nbs/12_tune.ipynb #7f774216
+# %% ../nbs/12_tune.ipynb #af48d0ed
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    steps:int=100, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
-    moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, and their size as a share of its range
+    steps:int=80, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
+    moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, on half of the batch, and their size as a share of its range
     fresh:int=2, fresh_size:float=.25, jitter:float=7, # every how many steps a fresh start (0: never), its sign steps' size, pixels aside at 224
     activation:float=.3, embedding:float=3., preserve:float=5., # weights of the terms
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
@@ -196,7 +196,7 @@ def tune(
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
         trigger,anew = triggers[step // max(fresh, 1) % len(triggers)], fresh and step % fresh == fresh-1
         if anew: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
-        for _ in range(2*moves if anew else moves): move(tuned, x, trigger, target_loss(head, index), fresh_size if anew else size)
+        for _ in range(2*moves if anew else moves): move(tuned, x[:bs//2], trigger, target_loss(head, index), fresh_size if anew else size)
         act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device))
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
@@ -210,7 +210,7 @@ def tuning_terms(tuned, f0, x, x2, masks, text):
     e,e2 = e.split(len(x))
     return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
 
-# %% ../nbs/12_tune.ipynb #46c71935
+# %% ../nbs/12_tune.ipynb #f5c3afe0
 def erase(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -220,12 +220,13 @@ def erase(
     rounds:int=3, # tunings at most
     done:float=.1, # stop when nothing reaches this inverted ASR
     seed:int=0, # of everything
-    search={}, # parameters of `invert`
+    search={}, # parameters of `invert`; its families are those of `bank` if none are named
     **tune_params, # of `tune`
 ): # (tuned `Clip`, the first round's report with `again`: the inverted ASR and kind of what each later look found)
     "Tune, invert again and tune again, until nothing can be inverted any more."
     tuned,report = tune(clip, images, head, index, bank, seed=seed, **tune_params)
     report['again'] = []
+    search = dict(families=tuple(k for k in dict.fromkeys(bank.kind) if k != 'patch')) | search
     for r in range(1, rounds + 1):
         found,_,_ = invert(tuned, images, head, index, seed=seed+r, **search)
         report['again'].append(dict(inverted_asr=found.asr[0], kind=found.kind[0]))
