@@ -1,6 +1,7 @@
 # make repro   the data, the pipeline, the main table       (PROFILE=photos for another profile, JOBS=2 stages side by side)
 # make seeds   the same for other seeds and targets, means and intervals: twice as long (PROFILE, JOBS as above)
 # make durability  what clean fine-tuning brings back, for every defense
+# make verdict  backdoored or not: a zoo of small models, and how often the verdict is right about them
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
@@ -18,7 +19,7 @@ READY   := .venv/ready
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds durability check test bench lab docs readme prepare outputs clean
+.PHONY: repro seeds durability verdict check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -30,6 +31,10 @@ seeds: $(READY)
 # Does a removed backdoor come back when the model is fine-tuned on clean pairs?
 durability: $(READY)
 	@$(BIN)/python -m invertune.pipeline durability $(if $(PROFILE),--profile $(PROFILE))
+
+# Is there a backdoor at all? Models of other towers, classes and seeds, half of them held out.
+verdict: $(READY)
+	@$(BIN)/python -m invertune.pipeline verdict $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py

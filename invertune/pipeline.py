@@ -412,7 +412,7 @@ def confirm(
     if again: raise InvertuneError(f'After the run {", ".join(again)} had to run again: an input of it changed meanwhile.')
 
 # %% ../nbs/17_pipeline.ipynb #78c483c1
-TABLES = {'seeds': 'seeds_table', 'durability': 'durability_table'}  # what a target is run for, where it is not the main table
+TABLES = {'seeds': 'seeds_table', 'durability': 'durability_table', 'verdict': 'verdict_table'}  # what a target is run for, where it is not the main table
 
 def show_results(
     profile: str,               # such as 'glyphs'

@@ -91,7 +91,7 @@ def check_parameters(
 
 # %% ../nbs/16_stages.ipynb #fb01280d
 MAIN = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report'  # the main job, in order
-STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability'  # and what has commands of its own
+STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability', 'zoo', 'verdict'  # and what has commands of its own
 
 def stage_notebook(
     stage: str,  # such as 'poison'
