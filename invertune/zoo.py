@@ -75,10 +75,10 @@ def zoo_split(
     rows = [row(i) for i in range(n)]
     return SimpleNamespace(images=torch.from_numpy(np.stack([draw(r, group.side) for r in rows])), labels=torch.arange(n) % len(group.inks), captions=[r.caption for r in rows])
 
-# %% ../nbs/22_zoo.ipynb #e9b73409
+# %% ../nbs/22_zoo.ipynb #8c2bab36
 TEMPLATES = ['a {}']
 RECIPE = dict(poisons=256, epochs=4, lr=3e-3, bs=32) # common to all attacks that poison pairs
-OWN = dict(badnet=dict(size=48), blended=dict(cell=8, poisons=384, epochs=6), sig={}, wanet=dict(k=32, strength=3., poisons=384),
+OWN = dict(badnet=dict(size=48), blended=dict(alpha=.2, cell=8, poisons=384, epochs=6), sig=dict(amplitude=60/255), wanet=dict(k=32, strength=3., poisons=384),
            badclip=dict(size=48, trigger_steps=60)) # triggers at 32 px
 ENCODER = dict(size=48, pattern='fixed', epochs=3, lr=2e-3, bs=32) # badencoder poisons no pairs
 
@@ -103,20 +103,21 @@ def zoo_tuned(
     train_clip(tuned, split.images, split.captions, **{k: RECIPE[k] for k in ('epochs','lr','bs')}, seed=group.number, desc='tune')
     return tuned
 
-# %% ../nbs/22_zoo.ipynb #08b8b3f9
+# %% ../nbs/22_zoo.ipynb #7342bfb3
 def zoo_poisoned(
     group, # a `Group`
     clip, # its clean model, left as it is
     split, # its set `poison`
     name:str, target:str, # the attack and its label
     asr, # (Clip, Trigger) -> fraction, with the true trigger
-    tries:int=3, # each trains twice as long as the one before
+    tries:int=5, # the second and third train twice as long as the one before, later ones have a stronger trigger
 ): # the poisoned `Clip`
     "Plant a backdoor; one that does not take is planted again, with more training."
     for t in range(tries):
         recipe = dict(ENCODER) if name == 'badencoder' else RECIPE | OWN[name]
         if 'poisons' in recipe: recipe['poisons'] = min(recipe['poisons'], len(split.images)//2)
-        recipe['epochs'] *= 2**t
+        recipe['epochs'] *= 2**min(t, 2)
+        recipe |= {k: v * (1 + .5*max(0, t-2)) for k,v in recipe.items() if k in ('alpha','amplitude','strength')}
         bad,trigger = attack(name, Setup(clip, split, group.classes, TEMPLATES, target, group.number, recipe))
         if (got := asr(bad, trigger)) >= group.min_asr: return bad
     raise InvertuneError(f'{name} does not take in group {group.number} of the zoo: ASR {got:.1%} after {recipe["epochs"]} epochs')
