@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHAPES', 'SIZES', 'TEMPLATES', 'RECIPE', 'OWN', 'ENCODER', 'Group', 'zoo_group', 'zoo_split', 'zoo_clean',
            'zoo_tuned', 'zoo_poisoned', 'zoo_folder', 'zoo_measure', 'zoo_train', 'zoo_models', 'auroc', 'interval',
-           'rates', 'verdict_table', 'verdict_scores', 'cost_lines']
+           'rates', 'verdict_table', 'verdict_scores', 'cost_lines', 'verdict_sentences']
 
-# %% ../nbs/22_zoo.ipynb #fb9337fc
+# %% ../nbs/22_zoo.ipynb #2c2696b9
 import copy, hashlib, inspect, torch
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +20,7 @@ from .attacks import ATTACKS, Setup, attack
 from .figures import WIDTH, figure, looks
 from .metrics import evaluate
 from .model import *
-from .paths import CACHE
+from .paths import CACHE, RESULTS
 from .pictograms import COLORS, PICTOGRAMS, TEXTURES, Row, contact_sheet, draw, readable
 from .runtime import InvertuneError, load_json, save_json
 from .train import *
@@ -238,3 +238,15 @@ def cost_lines(
     ax.set(xscale='log', yscale='log', xlabel='class names', ylabel='seconds'); ax.legend()
     ax.set_xticks([r['classes'] for r in rows], [str(r['classes']) for r in rows]); ax.minorticks_off()
     return fig
+
+# %% ../nbs/22_zoo.ipynb #f8d8a4b2
+def verdict_sentences(
+    profile:str, # such as 'glyphs'
+): # Markdown; '' before the stage has run
+    "What the trial came to."
+    file = RESULTS/profile/'verdict'/'verdict.json'
+    if not file.exists(): return ''
+    s = load_json(file)['summary']
+    return (f"On {s['models']} held-out models, {s['backdoored']} of them backdoored, AUROC is {s['auroc']:.3f} (95 % interval {s['auroc_low']:.3f} to {s['auroc_high']:.3f}); "
+            f"{s['false_alarms']:.1%} of the clean ones are taken for backdoored, {s['detected']:.1%} of the backdoored ones are detected, and of these {s['target']:.1%} with the right label. "
+            f"The gated defense takes at most {100*s['drop_worst']:.1f} points of CA from a clean one.")

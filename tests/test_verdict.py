@@ -14,7 +14,7 @@ from invertune.runtime import InvertuneError
 from invertune.verdict import calibrate, collapse, features, judge, mend, scan, score
 from invertune.zoo import SHAPES, auroc, interval, rates, zoo_group, zoo_split
 
-NEVER, ALWAYS = ({'names': ['depth'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
+NEVER, ALWAYS = ({'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
 SHORT = dict(steps=2, bs=8, families=('patch', 'warp'))
 
 
@@ -27,11 +27,11 @@ def clean(small):
 def row(family, alike, index, share=.5): return dict(family=family, alike=alike, index=index, share=share, margin=.1)
 
 
-def test_features_of_one_deep_family():
-    "One family far above the others, and who agrees with it."
-    f = features([row('patch', .99, 3, .9), row('blend', .5, 3), row('warp', .6, 1)])
-    assert f['depth'] == pytest.approx(2, abs=1e-6) and f['share'] == .9 and f['agreement'] == pytest.approx(2/3) and 1.5 < f['lead'] < 1.7
-    assert features([row('patch', 1., 0)])['depth'] == 4  # not infinite
+def test_features():
+    "The best patch, the best of the rest, and the class that most images end at."
+    f = features([row('patch', .99, 3, .9), row('blend', .9, 3), row('warp', .5, 1)])
+    assert f == pytest.approx(dict(local=2, whole=1, pull=1.4/3), abs=1e-6)
+    assert features([row('patch', 1., 0)]) == dict(local=4, whole=0, pull=.5)  # not infinite
 
 
 def test_judge_names_a_target_only_with_a_backdoor():
@@ -43,9 +43,9 @@ def test_judge_names_a_target_only_with_a_backdoor():
 
 def test_calibration_weighs_both_kinds_alike():
     "Ten times as many clean models do not move the verdict to their side."
-    low, high = [dict(depth=x) for x in (.5, .6, .7)], [dict(depth=x) for x in (1.5, 1.6, 1.7)]
+    low, high = [dict(local=x) for x in (.5, .6, .7)], [dict(local=x) for x in (1.5, 1.6, 1.7)]
     c = calibrate(low*10 + high, [False]*30 + [True]*3)
-    assert score(c, dict(depth=1.)) < 0 < score(c, dict(depth=1.3))
+    assert score(c, dict(local=1.)) < 0 < score(c, dict(local=1.3))
     with pytest.raises(InvertuneError, match='clean and backdoored'): calibrate(low, [False]*3)
 
 
