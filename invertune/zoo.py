@@ -103,20 +103,20 @@ def zoo_tuned(
     train_clip(tuned, split.images, split.captions, **{k: RECIPE[k] for k in ('epochs','lr','bs')}, seed=group.number, desc='tune')
     return tuned
 
-# %% ../nbs/22_zoo.ipynb #7342bfb3
+# %% ../nbs/22_zoo.ipynb #aae65414
 def zoo_poisoned(
     group, # a `Group`
     clip, # its clean model, left as it is
     split, # its set `poison`
     name:str, target:str, # the attack and its label
     asr, # (Clip, Trigger) -> fraction, with the true trigger
-    tries:int=5, # the second and third train twice as long as the one before, later ones have a stronger trigger
+    tries:int=5, # at most 5: first it trains longer, then the trigger is stronger too
 ): # the poisoned `Clip`
     "Plant a backdoor; one that does not take is planted again, with more training."
     for t in range(tries):
         recipe = dict(ENCODER) if name == 'badencoder' else RECIPE | OWN[name]
         if 'poisons' in recipe: recipe['poisons'] = min(recipe['poisons'], len(split.images)//2)
-        recipe['epochs'] *= 2**min(t, 2)
+        recipe['epochs'] *= (1,2,4,2,2)[t]
         recipe |= {k: v * (1 + .5*max(0, t-2)) for k,v in recipe.items() if k in ('alpha','amplitude','strength')}
         bad,trigger = attack(name, Setup(clip, split, group.classes, TEMPLATES, target, group.number, recipe))
         if (got := asr(bad, trigger)) >= group.min_asr: return bad
