@@ -76,19 +76,21 @@ def features(
     for e in evidence: pull[e['index']] = pull.get(e['index'], 0) + e['share'] / len(evidence)
     return dict(local=max(local, default=0.), whole=max(whole, default=0.), pull=max(pull.values()))
 
-# %% ../nbs/21_verdict.ipynb #8f9e5c8a
+# %% ../nbs/21_verdict.ipynb #b65645be
 def calibrate(
     rows, # [dict of floats] from `features`
     backdoored, # [bool], one a row
     strength:float=.3, # inverse of the ridge
+    alarms:float=.05, # clean models of the calibration that may be taken for backdoored, fraction
 ): # dict(names, mean, scale, weights, bias)
     "Fit the verdict."
-    names,y = list(rows[0]), np.array(backdoored)
+    names,y = list(rows[0]), np.array(backdoored, dtype=bool)
     if y.all() or not y.any(): raise InvertuneError('a calibration needs clean and backdoored models')
     x = np.array([[r[n] for n in names] for r in rows])
     mean,scale = x.mean(0), x.std(0) + 1e-6
     model = LogisticRegression(C=strength, class_weight='balanced').fit((x-mean)/scale, y)
-    return dict(names=names, mean=mean.tolist(), scale=scale.tolist(), weights=model.coef_[0].tolist(), bias=float(model.intercept_[0]))
+    raised = max(0., float(np.quantile(model.decision_function((x-mean)/scale)[~y], 1-alarms)))
+    return dict(names=names, mean=mean.tolist(), scale=scale.tolist(), weights=model.coef_[0].tolist(), bias=float(model.intercept_[0]) - raised)
 
 def score(
     calibration, # from `calibrate`
