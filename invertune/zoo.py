@@ -120,10 +120,10 @@ def zoo_poisoned(
         bad,trigger = attack(name, Setup(clip, split, group.classes, TEMPLATES, target, group.number, recipe))
         if asr(bad, trigger) >= group.min_asr: return bad
 
-# %% ../nbs/22_zoo.ipynb #b946e8b6
+# %% ../nbs/22_zoo.ipynb #c4c81038
 def zoo_folder(group):
     "Where the models of a group are kept."
-    made_by = [zoo_split, zoo_clean, zoo_tuned, zoo_poisoned, attacks, model, train, triggers]
+    made_by = [zoo_split, zoo_clean, zoo_tuned, zoo_poisoned, zoo_train, attacks, model, train, triggers]
     key = hashlib.sha256('\n'.join([repr(group), repr([RECIPE, OWN, ENCODER]), *map(inspect.getsource, made_by)]).encode()).hexdigest()[:12]
     return CACHE/'zoo'/f'{group.number}-{key}'
 
