@@ -3,6 +3,7 @@
 # make durability  what clean fine-tuning brings back, for every defense
 # make harder  drawn triggers, a trigger that may be anywhere, two backdoors in one model, a ViT
 # make ablations  what each part of the method is worth, and how few clean images are enough
+# make verdict  backdoored or not: a zoo of small models, and how often the verdict is right about them
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in 20 minutes
 # make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
@@ -20,7 +21,7 @@ READY   := .venv/ready
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds durability harder ablations check test bench lab docs readme prepare outputs clean
+.PHONY: repro seeds durability harder ablations verdict check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -40,6 +41,10 @@ harder: $(READY)
 # The defense without each of its parts, and with fewer clean images.
 ablations: $(READY)
 	@$(BIN)/python -m invertune.pipeline ablations $(if $(PROFILE),--profile $(PROFILE))
+
+# Is there a backdoor at all? Models of other towers, classes and seeds, half of them held out.
+verdict: $(READY)
+	@$(BIN)/python -m invertune.pipeline verdict $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py

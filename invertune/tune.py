@@ -210,27 +210,29 @@ def tuning_terms(tuned, f0, x, x2, masks, text):
     e,e2 = e.split(len(x))
     return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
 
-# %% ../nbs/12_tune.ipynb #f5c3afe0
+# %% ../nbs/12_tune.ipynb #5d24c4d3
 def erase(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    rounds:int=3, # tunings at most
+    least:int=2, rounds:int=3, # tunings at least, tunings at most
     done:float=.1, # stop when nothing reaches this inverted ASR
+    gate:float=.7, # triggers of `bank` with a lower inverted ASR are left out
     seed:int=0, # of everything
     search={}, # parameters of `invert`; its families are those of `bank` if none are named
-    **tune_params, # of `tune`
+    **params, # of `tune`
 ): # (tuned `Clip`, the first round's report with `again`: the inverted ASR and kind of what each later look found)
-    "Tune, invert again and tune again, until nothing can be inverted any more."
-    tuned,report = tune(clip, images, head, index, bank, seed=seed, **tune_params)
-    report['again'] = []
+    "Tune, invert again and tune against all that was found so far, until nothing can be inverted any more."
+    tuned,report = tune(clip, images, head, index, bank, gate=gate, seed=seed, **params)
     search = dict(families=tuple(k for k in dict.fromkeys(bank.kind) if k != 'patch')) | search
+    report['again'],triggers = [], bank.above(gate)
     for r in range(1, rounds + 1):
         found,_,_ = invert(tuned, images, head, index, seed=seed+r, **search)
         report['again'].append(dict(inverted_asr=found.asr[0], kind=found.kind[0]))
-        if found.asr[0] < done or r == rounds: break
-        tuned,more = tune(tuned, images, head, index, found, received=clip, seed=seed+r, **(tune_params | dict(gate=done)))
+        if r == rounds or r >= least and found.asr[0] < done: break
+        triggers = found.triggers + triggers
+        tuned,more = tune(tuned, images, head, index, Bank(triggers, [1.]*len(triggers)), received=clip, seed=seed+r, **params)
         report['curve'] += [dict(c, step=c['step'] + len(report['curve'])) for c in more['curve']]
     return tuned,report

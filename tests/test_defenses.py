@@ -155,14 +155,17 @@ def test_the_notebook_keeps_secrets(stage):
 
 
 def test_rounds_end_when_nothing_is_found(received, clean):
-    "A look that finds nothing ends the rounds; one that finds something starts another, and the last round looks once more."
+    "A look that finds nothing ends the rounds, but not before the least number; one that finds something starts another."
     head, search = clean.head(received), dict(steps=1, stride=112, families=())
     bank = make_bank([(start('patch', 32), 1.)])
+    def erase(**kw): return tune.erase(received, clean.images, head, 4, bank, steps=2, search=search, **kw)
     once, _ = tune.tune(received, clean.images, head, 4, bank, steps=2)
-    ended, report = tune.erase(received, clean.images, head, 4, bank, done=1.1, steps=2, search=search)
+    ended, report = erase(least=1, done=1.1)
     assert same(state(ended), state(once)) and len(report['again']) == 1 and len(report['curve']) == 2
-    went_on, report = tune.erase(received, clean.images, head, 4, bank, rounds=2, done=0., steps=2, search=search)
-    assert not same(state(went_on), state(once)) and len(report['again']) == 2 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+    twice, report = erase(done=1.1)
+    assert not same(state(twice), state(once)) and len(report['again']) == 2 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+    went_on, report = erase(done=0.)
+    assert not same(state(went_on), state(twice)) and len(report['again']) == 3
 
 
 def test_a_fresh_trigger_is_of_the_same_kind():

@@ -1,0 +1,97 @@
+"A verdict is given from the model, clean images and class names; a model without a backdoor comes out as it went in."
+import ast
+import inspect
+
+import pytest
+import torch
+import yaml
+
+from invertune import verdict
+from invertune.attacks import ATTACKS
+from invertune.defenses import Clean
+from invertune.paths import ROOT
+from invertune.runtime import InvertuneError
+from invertune.verdict import calibrate, collapse, features, judge, mend, scan, score
+from invertune.zoo import SHAPES, auroc, interval, rates, zoo_group, zoo_split
+
+NEVER, ALWAYS = ({'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
+SHORT = dict(steps=2, bs=8, families=('patch', 'warp'))
+
+
+@pytest.fixture(scope='module')
+def clean(small):
+    d = small.defender
+    return Clean(d.images[:64].clone(), list(d.captions[:64]), small.classes, small.templates)
+
+
+def row(family, alike, index, share=.5): return dict(family=family, alike=alike, index=index, share=share, margin=.1)
+
+
+def test_features():
+    "The best patch, the best of the rest, and the class that most images end at."
+    f = features([row('patch', .99, 3, .9), row('blend', .9, 3), row('warp', .5, 1)])
+    assert f == pytest.approx(dict(local=2, whole=1, pull=1.4/3), abs=1e-6)
+    assert features([row('patch', 1., 0)]) == dict(local=4, whole=0, pull=.5)  # not infinite
+
+
+def test_judge_names_a_target_only_with_a_backdoor():
+    evidence = [row('patch', .99, 1, .9), row('blend', .5, 0)]
+    yes, no = judge(evidence, ['sun', 'key'], ALWAYS), judge(evidence, ['sun', 'key'], NEVER)
+    assert yes.backdoored and yes.target == 'key' and yes.family == 'patch' and yes.probability > .5
+    assert not no.backdoored and no.target is None and no.probability < .5
+
+
+def test_calibration_weighs_both_kinds_alike():
+    "Ten times as many clean models do not move the verdict to their side."
+    low, high = [dict(local=x) for x in (.5, .6, .7)], [dict(local=x) for x in (1.5, 1.6, 1.7)]
+    c = calibrate(low*10 + high, [False]*30 + [True]*3)
+    assert score(c, dict(local=1.)) < 0 < score(c, dict(local=1.3))
+    with pytest.raises(InvertuneError, match='clean and backdoored'): calibrate(low, [False]*3)
+
+
+def test_scan_repeats_and_touches_nothing(small, clean):
+    before = {k: v.clone() for k, v in small.bad.state_dict().items()}
+    one, two = (scan(small.bad, clean, calibration=ALWAYS, **SHORT) for _ in range(2))
+    assert one == two and all(torch.equal(v, before[k]) for k, v in small.bad.state_dict().items())
+
+
+def test_mend_leaves_an_innocent_model_alone(small, clean, monkeypatch):
+    monkeypatch.setattr(verdict, 'gather', lambda *args, **kw: [row('patch', .9, 0)])
+    same, said = mend(small.bad, clean, calibration=NEVER)
+    assert not said.backdoored and all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), small.bad.state_dict().values()))
+    tuned, said = mend(small.bad, clean, calibration=ALWAYS, defense='ft', epochs=1, bs=32)
+    assert said.backdoored and any(not torch.equal(a, b) for a, b in zip(tuned.state_dict().values(), small.bad.state_dict().values()))
+
+
+def test_the_search_asks_no_class(small, clean):
+    "What the search does is the same for any head; only its reading differs."
+    head = clean.head(small.bad)
+    one, two = (collapse(small.bad, clean.images, h, 'patch', steps=2, bs=8) for h in (head, head[:3]))
+    assert one['alike'] == two['alike']
+
+
+def test_verdict_opens_no_secret():
+    tree = ast.parse(inspect.getsource(verdict))
+    sources = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not sources & {'attacks', 'data', 'stages', 'zoo'}
+
+
+def test_groups_differ_and_share_no_image():
+    groups = [zoo_group(n) for n in range(20)]
+    assert {g.tower for g in groups} == set(SHAPES) and all(len({t for _, t in g.plants}) == len(g.plants) == 3 for g in groups)
+    assert {a for g in groups for a, _ in g.plants} == set(ATTACKS) and len({tuple(g.classes) for g in groups}) == 20
+    images = torch.cat([zoo_split(g, name, 8).images for g in groups[:2] for name in ('pretrain', 'defender')])
+    assert len(images.flatten(1).unique(dim=0)) == len(images)
+
+
+def test_the_trial_has_enough_models_and_keeps_groups_apart():
+    v = yaml.safe_load((ROOT/'params.yaml').read_text())['verdict']
+    assert not set(v['calibration']) & set(v['held_out']) and set(v['calibration']) | set(v['held_out']) == set(v['groups'])
+    assert len(v['groups']) >= 20 and v['plants']*len(v['groups']) >= 60
+
+
+def test_statistics():
+    rows = [dict(group=g, score=s, backdoored=b, target='sun' if b else None, found='sun' if s > 0 else None, ca=.9) for g in range(4) for s, b in ((-1, False), (1, True))]
+    assert auroc(rows) == 1 and interval(rows, 50) == (1, 1) and rates(rows)['false_alarms'] == 0 and rates(rows)['target'] == 1
+    worse = rows + [dict(rows[0], group=9, score=2)]
+    assert auroc(worse) < 1 and rates(worse)['false_alarms'] == .2 and interval(worse, 200)[0] < 1
