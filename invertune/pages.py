@@ -37,6 +37,8 @@ def readme_text(
     kernel = ExecutePreprocessor(kernel_name='python3', timeout=300, extra_arguments=['--IPKernelApp.log_level=50'])
     try: kernel.preprocess(nb, {'metadata': {'path': str(notebook.parent)}})
     except CellExecutionError as e: raise InvertuneError(f'{notebook.name}: {e.ename}: {e.evalue}.') from e
+    for c in nb.cells: # a library's warnings are no part of the page
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)
     return '<!-- Made from nbs/index.ipynb by `make readme`; edit that. -->\n\n' + re.sub(r'\n{3,}', '\n\n', rebased(text)).strip() + '\n'
 
