@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'STAGES', 'KEYS', 'LONE_KEYS', 'check_type', 'check_choice', 'injected_names', 'check_parameters',
-           'stage_notebook', 'load_params', 'known_profiles', 'merge_params', 'stage_params', 'notebook_parameters',
-           'check_against', 'run_key', 'run_threads', 'set_environment', 'beat_line', 'strip_traces', 'run_stage',
-           'parse_assignments', 'main']
+           'stage_notebook', 'load_params', 'known_profiles', 'merge_params', 'stage_params', 'defense_params',
+           'notebook_parameters', 'check_against', 'run_key', 'run_threads', 'set_environment', 'beat_line',
+           'strip_traces', 'run_stage', 'parse_assignments', 'main']
 
 # %% ../nbs/16_stages.ipynb #2da3b71c
 import ast, difflib, logging, math, os, re, sys, threading
@@ -148,6 +148,17 @@ def stage_params(
     "The parameters of a stage as params.yaml has them."
     params = load_params()
     return merge_params(params, check_choice('stage', stage, STAGES), profile or params.get('profile'))
+
+# %% ../nbs/16_stages.ipynb #69cbe7eb
+def defense_params(
+    profile: str,  # such as 'glyphs'
+)->dict:           # name of a defense -> what `defend` passes on to it
+    "What params.yaml sets for each defense, for notebooks that run whole defenses."
+    p = {stage: stage_params(stage, profile) for stage in ('identify', 'invert', 'tune', 'baseline')}
+    steps = {v: dict(invert=p['invert'][v], tune=p['tune'][v]) for v in ('paper', 'ours')}
+    return {'none': {}, 'ft': p['baseline']['recipe'], 'cleanclip': p['baseline']['recipe'],
+            'invertune-paper': dict(steps['paper'], identify=dict(steps=p['identify']['steps'])),
+            'invertune': dict(steps['ours'], identify={k: p['identify'][k] for k in ('families', 'steps')})}
 
 # %% ../nbs/16_stages.ipynb #da2a8b93
 def notebook_parameters(

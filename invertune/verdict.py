@@ -6,17 +6,17 @@
 __all__ = ['SEARCHED', 'LOCAL', 'CALIBRATION', 'columns', 'alikeness', 'collapse', 'gather', 'depth', 'features', 'calibrate',
            'score', 'load_calibration', 'Verdict', 'judge', 'scan', 'mend', 'scan_costs']
 
-# %% ../nbs/21_verdict.ipynb #a8c59077
+# %% ../nbs/21_verdict.ipynb #6a8684ef
 import copy, math, time, torch
 import numpy as np
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from sklearn.linear_model import LogisticRegression
 from .defenses import defend
 from .identify import *
 from .metrics import embed
 from .model import *
 from .paths import RESULTS
-from .runtime import InvertuneError, load_json, progress, save_json
+from .runtime import InvertuneError, load_json, progress
 from .triggers import *
 
 # %% ../nbs/21_verdict.ipynb #89497cf1

@@ -185,7 +185,7 @@ def interval(
     drawn = [[r for k in rng.choice(list(groups), len(groups)) for r in groups[k]] for _ in range(draws)]
     return tuple(np.quantile([auroc(d) for d in drawn], [(1-level)/2, (1+level)/2]).tolist())
 
-# %% ../nbs/24_zoo.ipynb #ccbf1597
+# %% ../nbs/24_zoo.ipynb #75fa5fcc
 def rates(
     rows, # [dict(score, backdoored, target, found, ca)] of models
 ): # dict of fractions and counts
@@ -203,12 +203,11 @@ def verdict_table(
     parts = dict(all=rows) | {t: [r for r in rows if r['tower'] == t] for t in SHAPES} | {k: [r for r in rows if r['name'] == k] for k in kinds}
     def line(name, part):
         asr = [r['asr'] for r in part if r['asr'] is not None]
-        both = len({r['backdoored'] for r in part}) == 2
-        return dict(models=name, n=len(part), ca=rates(part)['ca'], asr=sum(asr)/len(asr) if asr else None, auroc=auroc(part) if both else None,
-                    **{k: rates(part)[k] for k in ('false_alarms','detected','target')})
+        both,shares = len({r['backdoored'] for r in part}) == 2, rates(part)
+        return dict(models=name, n=len(part), ca=shares['ca'], asr=sum(asr)/len(asr) if asr else None, auroc=auroc(part) if both else None,
+                    **{k: shares[k] for k in ('false_alarms','detected','target')})
     table = pd.DataFrame([line(k, p) for k,p in parts.items() if p])
-    table[['ca','asr','auroc','false_alarms','detected','target']] = table[['ca','asr','auroc','false_alarms','detected','target']].astype(float) * 100
-    return table
+    return pd.concat([table[['models','n']], 100*table.drop(columns=['models','n']).astype(float)], axis=1)
 
 # %% ../nbs/24_zoo.ipynb #864a2c5d
 @figure
