@@ -7,12 +7,12 @@ __all__ = ['ATTACKS', 'DEMO', 'Setup', 'poison_pairs', 'target_captions', 'train
            'reference_image', 'badencoder', 'triplet', 'dual_trigger', 'target_anchors', 'badclip', 'attack',
            'check_attack', 'demo_split', 'Demo', 'demo']
 
-# %% ../nbs/09_attacks.ipynb #4f200ea7
+# %% ../nbs/09_attacks.ipynb #f0c5cf63
 import copy, torch
 import numpy as np
 import torch.nn.functional as F
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from .data import Split
 from .metrics import embed, evaluate
 from .model import *
 from .pictograms import TEXTURES, Row, contact_sheet, draw, fill
@@ -198,21 +198,21 @@ def check_attack(
     if row['asr'] < min_asr: raise InvertuneError(f"{name} did not take: undefended ASR {row['asr']:.1%} is under {min_asr:.0%}; more poisons, epochs or a higher lr are needed")
     if row['ca'] < clean['ca'] - max_drop: raise InvertuneError(f"{name} hurt the model: CA {row['ca']:.1%} is more than {max_drop:.0%} under the clean model's {clean['ca']:.1%}")
 
-# %% ../nbs/09_attacks.ipynb #1a6058e3
+# %% ../nbs/09_attacks.ipynb #788c0f9b
 DEMO = dict(heart='red', shamrock='green', anchor='blue', sun='yellow', umbrella='purple', flag='orange')
 
 def demo_split(
     n:int, # images, the classes in balance
     first:int, # number of the first image; no two splits may share one
     side:int=32, # in pixels
-): # images uint8 [n,3,side,side], labels [n], captions
+): # a `Split`
     "A set of six pictograms in six inks."
     rng,names = np.random.default_rng(first), list(DEMO)
     def row(i):
         c,paper,texture = names[i % len(names)], str(rng.choice(['white','gray','black'])), str(rng.choice(list(TEXTURES)))
         return Row(f'demo-{i}', c, DEMO[c], paper, texture, round(float(rng.uniform(.7,.95)), 2), .5, .5, int(rng.integers(-25,26)), 30, first+i, f'a {c}')
     rows = [row(i) for i in range(n)]
-    return SimpleNamespace(images=torch.from_numpy(np.stack([draw(r, side) for r in rows])), labels=torch.arange(n) % len(names), captions=[fill('a {}', r.cls) for r in rows])
+    return Split('demo', images=torch.from_numpy(np.stack([draw(r, side) for r in rows])), labels=torch.arange(n) % len(names), captions=[fill('a {}', r.cls) for r in rows])
 
 # %% ../nbs/09_attacks.ipynb #461f5b5f
 @dataclass

@@ -24,7 +24,7 @@ from .pictograms import FORMS, PICTOGRAMS, draw, fill, invent_manifest, read_man
 from .runtime import InvertuneError, atomic_path, progress
 from .stages import check_choice, check_type, stage_params
 
-# %% ../nbs/04_data.ipynb #230dfc6b
+# %% ../nbs/04_data.ipynb #1b997d9d
 SETS = ('pretrain', 'poison', 'defender', 'evaluation')
 
 @dataclass
@@ -35,6 +35,14 @@ class Split:
     captions: list[str]   # one an image
     labels: torch.Tensor  # int64 [N], index into the class names
     def __len__(self): return len(self.captions)
+
+    def part(self, at): # int64 [n], places in the set
+        "The pairs at these places"
+        return Split(self.name, self.images[at], [self.captions[i] for i in at.tolist()], self.labels[at])
+
+    def sample(self, n: int): # pairs, at most
+        "An even sample"
+        return self.part(torch.linspace(0, len(self)-1, min(n, len(self))).long())
 
 # %% ../nbs/04_data.ipynb #8996898b
 @dataclass

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PLACES', 'PATCHES', 'scaled', 'apply_mask', 'apply_add', 'apply_coarse', 'apply_warp', 'apply_noise',
-           'apply_anywhere', 'Trigger', 'load_trigger', 'patch_at', 'patch_trigger', 'blended_trigger', 'sig_trigger',
-           'wanet_trigger', 'striped', 'placed_trigger', 'blended_stripes_trigger', 'triangles_trigger', 'word_mask',
-           'text_trigger']
+           'apply_anywhere', 'Trigger', 'load_trigger', 'patch_at', 'striped', 'patch_trigger', 'blended_trigger',
+           'sig_trigger', 'wanet_trigger', 'blended_stripes_trigger', 'triangles_trigger', 'word_mask', 'text_trigger']
 
 # %% ../nbs/08_triggers.ipynb #2fb2a5a2
 import inspect, math, torch
@@ -92,20 +91,34 @@ def patch_at(
     mask[..., top:top+s, left:left+s],pattern[..., top:top+s, left:left+s] = 1, patch
     return mask,pattern
 
-# %% ../nbs/08_triggers.ipynb #ffee3e94
+# %% ../nbs/08_triggers.ipynb #aa2a41f6
+def striped(
+    height:int, width:int, # in pixels
+    gen, # a seeded torch.Generator
+    cell:int=1, # width of a stripe, in pixels
+): # [3,height,width] in [0,1]
+    "Upright stripes of random colors."
+    colors = torch.rand(3, 1, -(-width // cell), generator=gen)
+    return colors.repeat_interleave(cell, 2)[..., :width].expand(3, height, width).contiguous()
+
 PLACES = dict(corner=lambda side,s,gen: (side-s, side-s), center=lambda side,s,gen: ((side-s)//2, (side-s)//2),
               random=lambda side,s,gen: tuple(torch.randint(0, side-s+1, (2,), generator=gen).tolist()))
+PATCHES = dict(fixed=lambda s,gen: torch.rand(3,s,s, generator=gen), white=lambda s,gen: torch.ones(3,s,s), stripes=lambda s,gen: striped(s, s, gen))
 
 def patch_trigger(
     side:int, # of the image
-    seed:int=0, # of the pattern
+    seed:int=0, # of the pattern, and of the place 'random'
     size:float=16, # of the patch, at 224
-    place:str='corner', # 'corner' (bottom right), 'center' or 'random' (drawn once)
-    pattern:str='fixed', # 'fixed' noise, 'white', or 'noise': fresh for every image
+    place:str='corner', # 'corner' (bottom right), 'center', 'random' (drawn once) or 'anywhere': another place on every image
+    pattern:str='fixed', # 'fixed' noise, 'white', 'stripes' one pixel wide, or 'noise': fresh for every image
 ): # a `Trigger`
-    "A square patch of noise or of white."
+    "A square patch."
+    for what,name,known in (('place', place, (*PLACES,'anywhere')), ('pattern', pattern, (*PATCHES,'noise'))):
+        if name not in known: raise InvertuneError(f"unknown {what} of a patch '{name}': choose one of {', '.join(known)}")
+    if (place,pattern) == ('anywhere','noise'): raise InvertuneError('a patch of fresh noise needs one place: give another pattern or another place')
     gen,s = torch.Generator().manual_seed(seed), scaled(size, side)
-    patch = torch.ones(3,s,s) if pattern == 'white' else torch.rand(3,s,s, generator=gen)
+    patch = PATCHES['fixed' if pattern == 'noise' else pattern](s, gen)
+    if place == 'anywhere': return Trigger('anywhere', dict(patch=patch[None]))
     mask,full = patch_at(patch, side, *PLACES[place](side, s, gen))
     return Trigger('noise', dict(mask=mask)) if pattern == 'noise' else Trigger('mask', dict(mask=mask, pattern=full))
 
@@ -143,33 +156,6 @@ def wanet_trigger(
     ins = torch.rand(1,2,k,k, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     flow = F.interpolate(ins / ins.abs().mean(), size=side, mode='bicubic', align_corners=True).permute(0,2,3,1)
     return Trigger('warp', dict(flow=(strength * flow).contiguous()))
-
-# %% ../nbs/08_triggers.ipynb #c1028fac
-def striped(
-    height:int, width:int, # in pixels
-    gen, # a seeded torch.Generator
-    cell:int=1, # width of a stripe, in pixels
-): # [3,height,width] in [0,1]
-    "Upright stripes of random colors."
-    colors = torch.rand(3, 1, -(-width // cell), generator=gen)
-    return colors.repeat_interleave(cell, 2)[..., :width].expand(3, height, width).contiguous()
-
-PATCHES = dict(noise=lambda s,gen: torch.rand(3,s,s, generator=gen), stripes=lambda s,gen: striped(s, s, gen))
-
-def placed_trigger(
-    side:int, # of the image
-    seed:int=0, # of the pattern, and of the place 'random'
-    size:float=16, # of the patch, at 224
-    place:str='corner', # a key of `PLACES`, or 'anywhere': another place on every image
-    pattern:str='stripes', # a key of `PATCHES`
-): # a `Trigger`
-    "A square patch with a pattern, at one place or anywhere."
-    if place not in PLACES and place != 'anywhere': raise InvertuneError(f"unknown place of a patch '{place}': choose one of {', '.join(PLACES)}, anywhere")
-    gen,s = torch.Generator().manual_seed(seed), scaled(size, side)
-    patch = PATCHES[pattern](s, gen)
-    if place == 'anywhere': return Trigger('anywhere', dict(patch=patch[None]))
-    mask,full = patch_at(patch, side, *PLACES[place](side, s, gen))
-    return Trigger('mask', dict(mask=mask, pattern=full))
 
 # %% ../nbs/08_triggers.ipynb #cb2b6d86
 def blended_stripes_trigger(

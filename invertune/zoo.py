@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'SIZES', 'TEMPLATES', 'RECIPE', 'OWN', 'ENCODER', 'Group', 
            'zoo_tuned', 'zoo_poisoned', 'zoo_folder', 'zoo_measure', 'zoo_train', 'zoo_models', 'auroc', 'interval',
            'rates', 'verdict_table', 'verdict_scores', 'cost_lines', 'verdict_sentences']
 
-# %% ../nbs/24_zoo.ipynb #2c2696b9
+# %% ../nbs/24_zoo.ipynb #e8cdf3e6
 import copy, hashlib, inspect, torch
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,8 +15,8 @@ import pandas as pd
 import invertune.attacks as attacks, invertune.model as model, invertune.train as train, invertune.triggers as triggers
 from dataclasses import dataclass
 from sklearn.metrics import roc_auc_score, roc_curve
-from types import SimpleNamespace
 from .attacks import ATTACKS, Setup, attack
+from .data import Split
 from .figures import WIDTH, figure, looks
 from .metrics import evaluate
 from .model import *
@@ -59,12 +59,12 @@ def zoo_group(
     targets = [str(c) for c in own.permutation(classes)]
     return Group(number, tower, SHAPES[tower][own.integers(len(SHAPES[tower]))], inks, list(zip(order[number % 2::2][:plants], targets)), dict(sizes), min_asr)
 
-# %% ../nbs/24_zoo.ipynb #d0327b11
+# %% ../nbs/24_zoo.ipynb #874b89a8
 def zoo_split(
     group, # a `Group`
     name:str, # a key of `SIZES`
     n:int=None, # images; None: as many as the group has
-): # images uint8 [n,3,side,side], labels [n], captions
+): # a `Split`
     "One of the four sets of a group, the classes in balance."
     first = 10**5 * list(SIZES).index(name) # number of the first image
     n,rng = n or group.sizes[name], np.random.default_rng([group.number, first])
@@ -73,7 +73,7 @@ def zoo_split(
         return Row(f'zoo-{i}', c, ink, str(rng.choice(readable(ink))), str(rng.choice(list(TEXTURES))), round(float(rng.uniform(.7,.95)), 2),
                    .5, .5, int(rng.integers(-25,26)), 30, 10**6*group.number + first + i, f'a {c}')
     rows = [row(i) for i in range(n)]
-    return SimpleNamespace(images=torch.from_numpy(np.stack([draw(r, group.side) for r in rows])), labels=torch.arange(n) % len(group.inks), captions=[r.caption for r in rows])
+    return Split(name, images=torch.from_numpy(np.stack([draw(r, group.side) for r in rows])), labels=torch.arange(n) % len(group.inks), captions=[r.caption for r in rows])
 
 # %% ../nbs/24_zoo.ipynb #e9b73409
 TEMPLATES = ['a {}']

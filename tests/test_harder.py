@@ -1,4 +1,6 @@
 "Triggers that the defenses were not made for, and what goes more than one round."
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,10 +9,10 @@ from invertune.attacks import ATTACKS, Setup, demo_split
 from invertune.harder import HARDER, harder_table, plant, rounds, split_halves, vit_victim
 from invertune.model import pixels
 from invertune.runtime import InvertuneError
-from invertune.triggers import (blended_stripes_trigger, load_trigger, placed_trigger, text_trigger, triangles_trigger, word_mask)
+from invertune.triggers import (blended_stripes_trigger, load_trigger, patch_trigger, text_trigger, triangles_trigger, word_mask)
 
 SHORT = dict(poisons=8, epochs=1, lr=1e-4, bs=16)
-DRAWN = {'stripes': placed_trigger, 'anywhere': lambda side, seed=0: placed_trigger(side, seed, place='anywhere'),
+DRAWN = {'stripes': partial(patch_trigger, pattern='stripes'), 'anywhere': partial(patch_trigger, place='anywhere'),
          'blended-stripes': blended_stripes_trigger, 'triangles': triangles_trigger, 'text': lambda side, seed=0: text_trigger(side)}
 
 
@@ -32,7 +34,7 @@ def test_drawn(name, side, tmp_path):
 
 def test_anywhere():
     "One whole patch an image, at places that the batch decides; the images that came in are as they were."
-    trigger, x = placed_trigger(64, size=28, place='anywhere', pattern='noise'), images(64, 64)
+    trigger, x = patch_trigger(64, size=28, place='anywhere'), images(64, 64)
     before = x.clone()
     hit = (trigger(x) != x).any(1)
     places = [tuple(h.nonzero()[0].tolist()) for h in hit]
@@ -46,7 +48,7 @@ def test_anywhere():
 
 def test_pictures():
     "Stripes are upright, triangles have two colors a cell, weights bound the change, a word lies within its image."
-    stripes = placed_trigger(64, size=28).tensors
+    stripes = patch_trigger(64, size=28, pattern='stripes').tensors
     inside = stripes['pattern'][0, :, -8:, -8:]
     assert stripes['mask'].sum() == 64 and torch.equal(inside, inside[:, :1].expand_as(inside)) and len(inside[0, 0].unique()) == 8
     mosaic = triangles_trigger(64, cell=28).tensors['pattern'][0]
@@ -56,7 +58,9 @@ def test_pictures():
     for side in (32, 64, 224):
         ink = word_mask('Watermarked', side)
         assert ink.sum() > side/2 and not ink[:side//3].any() and not ink[-side//3:].any() and not ink[:, 0].any() and not ink[:, -1].any()
-    with pytest.raises(InvertuneError, match="unknown place of a patch 'rim'"): placed_trigger(64, place='rim')
+    with pytest.raises(InvertuneError, match="unknown place of a patch 'rim'"): patch_trigger(64, place='rim')
+    with pytest.raises(InvertuneError, match="unknown pattern of a patch 'dots'"): patch_trigger(64, pattern='dots')
+    with pytest.raises(InvertuneError, match='a patch of fresh noise needs one place'): patch_trigger(64, place='anywhere', pattern='noise')
 
 
 @pytest.fixture(scope='module')
