@@ -3,6 +3,7 @@
 # make durability  what clean fine-tuning brings back, for every defense
 # make harder  drawn triggers, a trigger that may be anywhere, two backdoors in one model, a ViT
 # make ablations  what each part of the method is worth, and how few clean images are enough
+# make domains  the defense with photographs for a model of pictograms, or the reverse (INVERTUNE_PHOTOS names the photographs)
 # make verdict  backdoored or not: a zoo of small models, and how often the verdict is right about them
 # make check   is the main table within its tolerance of the committed one?
 # make test    everything that can be checked in half an hour
@@ -21,7 +22,7 @@ READY   := .venv/ready
 export HF_HUB_OFFLINE = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
-.PHONY: repro seeds durability harder ablations verdict check test bench lab docs readme prepare outputs clean
+.PHONY: repro seeds durability harder ablations domains verdict check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
@@ -41,6 +42,10 @@ harder: $(READY)
 # The defense without each of its parts, and with fewer clean images.
 ablations: $(READY)
 	@$(BIN)/python -m invertune.pipeline ablations $(if $(PROFILE),--profile $(PROFILE))
+
+# The defense with images of another domain than the victim's.
+domains: $(READY)
+	@$(BIN)/python -m invertune.pipeline domains $(if $(PROFILE),--profile $(PROFILE))
 
 # Is there a backdoor at all? Models of other towers, classes and seeds, half of them held out.
 verdict: $(READY)

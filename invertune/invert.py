@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', 'dual_space_loss', 'invert_paper', 'grid',
-           'around', 'place_masks', 'scan_places', 'rank_places', 'ask', 'promising', 'invert']
+           'around', 'place_masks', 'scan_places', 'rank_places', 'stronger', 'ask', 'promising', 'invert']
 
 # %% ../nbs/11_invert.ipynb #a61b5dba
 import torch
@@ -17,7 +17,7 @@ from .model import *
 from .runtime import InvertuneError, progress
 from .triggers import *
 
-# %% ../nbs/11_invert.ipynb #0fafd763
+# %% ../nbs/11_invert.ipynb #ac8c1d13
 @dataclass
 class Bank:
     "Inverted triggers, best first."
@@ -34,7 +34,10 @@ class Bank:
         return t['mask'][0,0].cpu() if 'mask' in t else t['flow'][0].norm(dim=-1).cpu() / FREE['warp'][2]
     def l1(self, i): return self.mask(i).sum().item()
 
-    def above(self, gate): return [t for t,a in zip(self.triggers, self.asr) if a >= gate] or self.triggers[:1]
+    def above(self, gate):
+        "Those that reach the gate; the best one if none does."
+        n = sum(a >= gate for a in self.asr) or 1
+        return Bank(self.triggers[:n], self.asr[:n])
 
     def save(self, path):
         "Write the bank as one safetensors file."
@@ -184,6 +187,15 @@ def rank_places(clip, images, head, index, masks, pattern, per=16, temperature=.
         logp += (clip.encode_image(apply_mask(x, masks, pattern)) @ head.T / temperature).log_softmax(1)[:, index].cpu()
     return (logp / per).exp()
 
+# %% ../nbs/11_invert.ipynb #ec11d87f
+def stronger(
+    trigger, # a `Trigger`, changed in place
+    strength:float, # factor of its mask, if it is of the family `bands`
+): # the trigger
+    "More weight for bands."
+    if trigger.meta['inverted'] == 'bands': trigger.tensors['mask'] = (strength * trigger.tensors['mask']).clamp(max=1)
+    return trigger
+
 # %% ../nbs/11_invert.ipynb #8ca10980
 def ask(
     clip, fit, test, head, index, # as in `invert`: clean images to work on, others to judge on
@@ -206,7 +218,7 @@ def promising(
     asr = [inverted_asr(clip, head, images, index, t) for t in triggers]
     return [t for t,a in zip(triggers, asr) if a >= least] or [triggers[asr.index(max(asr))]]
 
-# %% ../nbs/11_invert.ipynb #92301380
+# %% ../nbs/11_invert.ipynb #a1d15cee
 def invert(
     clip, # the model under test
     images, # the defender's clean images, uint8 [N,3,H,W]
@@ -215,6 +227,7 @@ def invert(
     patch:float=28, stride:float=28, # side and spacing of the grid's patches, at 224
     keep:int=3, # places that become patches
     families=('blend','smooth','bands','warp'), # whole-image families beside them
+    strength:float=1.4, # weight of the bands, as a multiple of that in the identification
     trial:int=8, steps:int=24, bs:int=32, # sign steps before the first look; in all; images a step
     seed:int=0, # of everything
 ): # (a `Bank`, place scores [P], their masks [P,1,H,W])
@@ -224,7 +237,7 @@ def invert(
     places = grid(side, size, step)
     masks,_,scores = ask(clip, fit, test, head, index, places, size, seed=seed)
     near,pattern,finer = ask(clip, fit, test, head, index, around([places[i] for i in best(scores)], step//2, side-size), size, 4, 32, seed+1)
-    starts = [Trigger('mask', dict(mask=near[i:i+1], pattern=pattern[i:i+1]), inverted='patch') for i in best(finer)] + [start(f, side, seed) for f in families]
+    starts = [Trigger('mask', dict(mask=near[i:i+1], pattern=pattern[i:i+1]), inverted='patch') for i in best(finer)] + [stronger(start(f, side, seed), strength) for f in families]
     tried = promising(clip, head, test[:128], index, [descend(clip, fit, t, loss, min(trial, steps), bs, seed=seed) for t in starts])
     made = [descend(clip, fit, t, loss, max(0, steps-trial), bs, seed=seed+1) for t in tried]
     return make_bank([(t, inverted_asr(clip, head, test[:256], index, t)) for t in made]),scores,masks

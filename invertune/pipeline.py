@@ -411,8 +411,8 @@ def confirm(
     again = re.findall(r"Running stage '([^']+)'", ran.stdout)
     if again: raise InvertuneError(f'After the run {", ".join(again)} had to run again: an input of it changed meanwhile.')
 
-# %% ../nbs/17_pipeline.ipynb #6c09cb87
-TABLES = {'seeds': 'seeds_table', 'durability': 'durability_table', 'structured': 'harder_table', 'ablations': 'ablation_table', 'verdict': 'verdict_table'}  # what a target is run for, where it is not the main table
+# %% ../nbs/17_pipeline.ipynb #a1d5327b
+TABLES = {'seeds': 'seeds_table', 'durability': 'durability_table', 'structured': 'harder_table', 'ablations': 'ablation_table', 'domains': 'domain_table', 'verdict': 'verdict_table'}  # what a target is run for, where it is not the main table
 
 def show_results(
     profile: str,               # such as 'glyphs'

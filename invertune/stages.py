@@ -89,9 +89,9 @@ def check_parameters(
     check = {n: check_type if isinstance(k, type) else check_choice for n, k in known.items()}
     return {n: check[n](n, values[n], k) for n, k in known.items()}
 
-# %% ../nbs/16_stages.ipynb #ba2fec42
+# %% ../nbs/16_stages.ipynb #0d869e3f
 MAIN = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report'  # the main job, in order
-STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'zoo', 'verdict'  # and what has commands of its own
+STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'foreign', 'domains', 'zoo', 'verdict'  # and what has commands of its own
 
 def stage_notebook(
     stage: str,  # such as 'poison'

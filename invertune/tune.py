@@ -7,11 +7,11 @@ __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neuro
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'activation_loss',
            'renew', 'shifted', 'tune', 'tuning_terms', 'erase']
 
-# %% ../nbs/12_tune.ipynb #e1ff71b5
+# %% ../nbs/12_tune.ipynb #53fcee67
 import copy, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .identify import move, start, target_loss
+from .identify import FREE, move, target_loss
 from .invert import *
 from .metrics import embed
 from .model import *
@@ -147,19 +147,18 @@ def activation_loss(
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
-# %% ../nbs/12_tune.ipynb #5c847e48
+# %% ../nbs/12_tune.ipynb #27d61a59
 def renew(
     trigger, # a `Trigger` of a bank
     jitter:int, # pixels that a patch may move aside
     gen, # a torch.Generator
 ): # another `Trigger`
-    "A trigger of the same kind from another random start."
-    kind,t = trigger.meta['inverted'],trigger.tensors
-    if 'pattern' in t:
-        mask = shifted(t['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist()) if kind == 'patch' else t['mask']
-        return Trigger('mask', dict(mask=mask, pattern=torch.rand(t['pattern'].shape, generator=gen)), **trigger.meta)
-    side = t['flow'].shape[1] if kind == 'warp' else t['mask'].shape[-1]
-    return start(kind, side, int(torch.randint(2**31, (1,), generator=gen)))
+    "A trigger of the same kind and strength from another random start."
+    free,lo,_ = FREE[trigger.kind]
+    noise = torch.rand(trigger.tensors[free].shape, generator=gen)
+    made = dict(trigger.tensors, **{free: noise if lo == 0 else 2*noise-1})
+    if trigger.meta['inverted'] == 'patch': made['mask'] = shifted(made['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist())
+    return Trigger(trigger.kind, made, **trigger.meta)
 
 def shifted(
     mask, # [1,1,H,W]
@@ -171,14 +170,14 @@ def shifted(
         mask = mask.roll(max(-int(at[0]), min(d, mask.shape[dim]-1-int(at[-1]))), dim)
     return mask
 
-# %% ../nbs/12_tune.ipynb #af48d0ed
+# %% ../nbs/12_tune.ipynb #b04b8ad2
 def tune(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    steps:int=80, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
+    steps:int=60, lr:float=2e-4, bs:int=48, wd:float=1e-4, # AdamW, cosine to zero
     moves:int=2, size:float=.1, # sign steps on the trigger in each tuning step, on half of the batch, and their size as a share of its range
     fresh:int=2, fresh_size:float=.25, jitter:float=7, # every how many steps a fresh start (0: never), its sign steps' size, pixels aside at 224
     activation:float=.3, embedding:float=3., preserve:float=5., # weights of the terms
@@ -189,7 +188,7 @@ def tune(
 ): # (tuned `Clip`, report)
     "Activation tuning against a bank of triggers that keep up with the model."
     f0,tuned,gen = (received or clip).eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
-    found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), copy.deepcopy(bank.above(gate))
+    found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), copy.deepcopy(bank.above(gate).triggers)
     opt,curve = torch.optim.AdamW(tuned.model.visual.parameters(), lr=lr, weight_decay=wd, fused=True), []
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     for step in progress(range(steps), desc='tune', unit='step'):
@@ -210,29 +209,27 @@ def tuning_terms(tuned, f0, x, x2, masks, text):
     e,e2 = e.split(len(x))
     return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
 
-# %% ../nbs/12_tune.ipynb #5d24c4d3
+# %% ../nbs/12_tune.ipynb #ae23426d
 def erase(
     clip, # the model under test; a copy is tuned
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    least:int=2, rounds:int=3, # tunings at least, tunings at most
-    done:float=.1, # stop when nothing reaches this inverted ASR
+    rounds:int=3, # tunings
     gate:float=.7, # triggers of `bank` with a lower inverted ASR are left out
     seed:int=0, # of everything
     search={}, # parameters of `invert`; its families are those of `bank` if none are named
     **params, # of `tune`
 ): # (tuned `Clip`, the first round's report with `again`: the inverted ASR and kind of what each later look found)
-    "Tune, invert again and tune against all that was found so far, until nothing can be inverted any more."
+    "Tune; invert again and tune against all that was found so far; and so on."
     tuned,report = tune(clip, images, head, index, bank, gate=gate, seed=seed, **params)
     search = dict(families=tuple(k for k in dict.fromkeys(bank.kind) if k != 'patch')) | search
-    report['again'],triggers = [], bank.above(gate)
-    for r in range(1, rounds + 1):
+    report['again'],known = [], bank.above(gate)
+    for r in range(1, rounds):
         found,_,_ = invert(tuned, images, head, index, seed=seed+r, **search)
         report['again'].append(dict(inverted_asr=found.asr[0], kind=found.kind[0]))
-        if r == rounds or r >= least and found.asr[0] < done: break
-        triggers = found.triggers + triggers
-        tuned,more = tune(tuned, images, head, index, Bank(triggers, [1.]*len(triggers)), received=clip, seed=seed+r, **params)
+        known = Bank(found.triggers + known.triggers, found.asr + known.asr)
+        tuned,more = tune(tuned, images, head, index, known, gate=0., received=clip, seed=seed+r, **params)
         report['curve'] += [dict(c, step=c['step'] + len(report['curve'])) for c in more['curve']]
     return tuned,report

@@ -19,7 +19,7 @@ from invertune.runtime import InvertuneError
 SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),
          'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
          'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)),
-                           tune=dict(steps=3, gate=0., rounds=2, done=0., search=dict(steps=2, stride=56, families=('warp',))))}
+                           tune=dict(steps=3, gate=0., rounds=2, search=dict(steps=2, stride=56, families=('warp',))))}
 STEPS = {'invertune-paper', 'invertune'}
 
 
@@ -142,7 +142,7 @@ def test_the_pipeline_keeps_secrets(stage):
 def test_who_reads_trigger_files():
     readers = {name for name, s in stages().items() if any('trigger' in d and 'results/' in d for d in files(s['deps']))}
     makers = {name for name, s in stages().items() if any('trigger.safetensors' in o for o in files(s['outs']))}
-    assert readers == {'evaluate', 'relearn', 'ablate', 'scarce'} and makers == {'poison'}
+    assert readers == {'evaluate', 'relearn', 'ablate', 'scarce', 'foreign'} and makers == {'poison'}
 
 
 @pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
@@ -154,18 +154,18 @@ def test_the_notebook_keeps_secrets(stage):
     assert not found and "'poison', attack)/'model.safetensors'" in code
 
 
-def test_rounds_end_when_nothing_is_found(received, clean):
-    "A look that finds nothing ends the rounds, but not before the least number; one that finds something starts another."
+def test_rounds(received, clean):
+    "One round is one tuning; each further one looks again and goes on from the last."
     head, search = clean.head(received), dict(steps=1, stride=112, families=())
     bank = make_bank([(start('patch', 32), 1.)])
     def erase(**kw): return tune.erase(received, clean.images, head, 4, bank, steps=2, search=search, **kw)
     once, _ = tune.tune(received, clean.images, head, 4, bank, steps=2)
-    ended, report = erase(least=1, done=1.1)
-    assert same(state(ended), state(once)) and len(report['again']) == 1 and len(report['curve']) == 2
-    twice, report = erase(done=1.1)
-    assert not same(state(twice), state(once)) and len(report['again']) == 2 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
-    went_on, report = erase(done=0.)
-    assert not same(state(went_on), state(twice)) and len(report['again']) == 3
+    one, report = erase(rounds=1)
+    assert same(state(one), state(once)) and not report['again'] and len(report['curve']) == 2
+    two, report = erase(rounds=2)
+    assert not same(state(two), state(one)) and len(report['again']) == 1 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+    three, report = erase()
+    assert not same(state(three), state(two)) and len(report['again']) == 2
 
 
 def test_a_fresh_trigger_is_of_the_same_kind():
