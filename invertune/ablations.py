@@ -67,7 +67,7 @@ def identified(
 # %% ../nbs/23_ablations.ipynb #7c9c3a2d
 def ablation_table(
     rows, # [dict(attack, variant, asr, ca)], fractions
-    whole:str='all rounds', # the variant that the others are compared with
+    whole:str='one round', # the variant that the others are compared with: each lacks one part of it
 ): # a DataFrame, percent: a row for each variant, means over the attacks
     "What each variant leaves of the backdoor, and what it costs."
     t = pd.DataFrame(rows).assign(asr=lambda t: 100*t['asr'], ca=lambda t: 100*t['ca'])

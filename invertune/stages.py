@@ -89,9 +89,9 @@ def check_parameters(
     check = {n: check_type if isinstance(k, type) else check_choice for n, k in known.items()}
     return {n: check[n](n, values[n], k) for n, k in known.items()}
 
-# %% ../nbs/16_stages.ipynb #0d869e3f
+# %% ../nbs/16_stages.ipynb #552c548a
 MAIN = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report'  # the main job, in order
-STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'foreign', 'domains', 'zoo', 'verdict'  # and what has commands of its own
+STAGES = *MAIN, 'rerun', 'seeds', 'harden', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'foreign', 'domains', 'zoo', 'verdict'  # and what has commands of its own
 
 def stage_notebook(
     stage: str,  # such as 'poison'
@@ -149,16 +149,17 @@ def stage_params(
     params = load_params()
     return merge_params(params, check_choice('stage', stage, STAGES), profile or params.get('profile'))
 
-# %% ../nbs/16_stages.ipynb #69cbe7eb
+# %% ../nbs/16_stages.ipynb #797c26f7
 def defense_params(
     profile: str,  # such as 'glyphs'
 )->dict:           # name of a defense -> what `defend` passes on to it
     "What params.yaml sets for each defense, for notebooks that run whole defenses."
-    p = {stage: stage_params(stage, profile) for stage in ('identify', 'invert', 'tune', 'baseline')}
+    p = {stage: stage_params(stage, profile) for stage in ('identify', 'invert', 'tune', 'baseline', 'harden')}
     steps = {v: dict(invert=p['invert'][v], tune=p['tune'][v]) for v in ('paper', 'ours')}
+    ours = dict(steps['ours'], identify={k: p['identify'][k] for k in ('families', 'steps')})
     return {'none': {}, 'ft': p['baseline']['recipe'], 'cleanclip': p['baseline']['recipe'],
             'invertune-paper': dict(steps['paper'], identify=dict(steps=p['identify']['steps'])),
-            'invertune': dict(steps['ours'], identify={k: p['identify'][k] for k in ('families', 'steps')})}
+            'invertune': ours, 'invertune-durable': dict(ours, tune=p['harden']['durable'])}
 
 # %% ../nbs/16_stages.ipynb #da2a8b93
 def notebook_parameters(

@@ -20,6 +20,7 @@ SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs
          'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
          'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)),
                            tune=dict(steps=3, gate=0., rounds=2, search=dict(steps=2, stride=56, families=('warp',))))}
+SHORT['invertune-durable'] = dict(SHORT['invertune'], tune=dict(distillation=3, steps=3, warm=1, gate=0., search=dict(steps=2, stride=56, families=('warp',))))
 STEPS = {'invertune-paper', 'invertune'}
 
 
@@ -78,6 +79,17 @@ def test_tuning_leaves_text_and_statistics_alone(defended, name):
     assert len(kept) > 20 and all(torch.equal(before[k], after[k]) for k in kept)
 
 
+def test_durable_takes_the_statistics_of_clean_images(defended, clean):
+    "Those of the weights that it delivers; the text tower is the received one."
+    (before, _, _), made = defended
+    tuned = made['invertune-durable'][0]
+    after = state(tuned)
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith('model.visual.'))
+    tune.settle(tuned, clean.images)
+    assert all(torch.allclose(v, tuned.state_dict()[k], atol=1e-6) for k, v in after.items() if 'running' in k)
+    assert any(not torch.allclose(before[k], after[k]) for k in before if 'running' in k)
+
+
 def test_only_critical_rows_of_the_selected_layers_move(received, clean):
     "As published: nothing moves but the selected layers, and in tensors of their width only the rows of critical channels."
     bank = make_bank([(start('patch', 32), 1.)])
@@ -125,7 +137,7 @@ def stages(): return yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 def files(entries): return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
 
 
-@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
+@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline', 'harden'])
 def test_the_pipeline_keeps_secrets(stage):
     "Of what the attacker made, a defense's stage depends on the model alone; of the data, on the defender's set; of the evaluation, on nothing."
     deps = [d for d in files(stages()[stage]['deps']) if d.startswith(('results/', 'data'))]
@@ -145,7 +157,7 @@ def test_who_reads_trigger_files():
     assert readers == {'evaluate', 'relearn', 'ablate', 'scarce', 'foreign'} and makers == {'poison'}
 
 
-@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
+@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline', 'harden'])
 def test_the_notebook_keeps_secrets(stage):
     "What dvc.yaml promises, the stage's notebook keeps: its code names no trigger file, no evaluation image, no poisoned pair."
     path, = (ROOT/'nbs'/'pipeline').glob(f'[0-9][0-9]_{stage}.ipynb')
