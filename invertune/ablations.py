@@ -27,7 +27,9 @@ PARTS = {
     'no activation term': dict(activation=0.),
     'no embedding term': dict(embedding=0.),
     'no preserving term': dict(preserve=0.),
-    'triggers that stand still': dict(moves=0)}
+    'triggers that stand still': dict(moves=0),
+    'no distillation': {},
+    'statistics as received': dict(live=False)}
 
 TRIGGERS = {
     'best trigger alone': lambda ours,paper: Bank(ours.triggers[:1], ours.asr[:1]),
@@ -39,6 +41,7 @@ TRIGGERS = {
 def ablate(
     name:str, # a key of `PARTS` or of `TRIGGERS`, or 'published tuning'
     clip, # the model under test
+    distilled, # the same after `distill`
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
@@ -50,7 +53,8 @@ def ablate(
     if name == 'published tuning': return tune_paper(clip, images, ours, seed=seed)[0]
     if name not in {**PARTS, **TRIGGERS}: raise InvertuneError(f"unknown ablation '{name}': choose one of {', '.join([*PARTS, *TRIGGERS, 'published tuning'])}")
     bank = TRIGGERS[name](ours, paper) if name in TRIGGERS else ours
-    return clip if bank is None else tune(clip, images, head, index, bank, seed=seed, **(params | PARTS.get(name, {})))[0]
+    start = clip if name in ('no distillation','statistics as received') else distilled
+    return clip if bank is None else tune(start, images, head, index, bank, received=clip, seed=seed, **(params | PARTS.get(name, {})))[0]
 
 # %% ../nbs/23_ablations.ipynb #b056b931
 def identified(

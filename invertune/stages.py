@@ -91,7 +91,7 @@ def check_parameters(
 
 # %% ../nbs/16_stages.ipynb #552c548a
 MAIN = 'data', 'train', 'poison', 'identify', 'invert', 'tune', 'baseline', 'evaluate', 'report'  # the main job, in order
-STAGES = *MAIN, 'rerun', 'seeds', 'harden', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'foreign', 'domains', 'zoo', 'verdict'  # and what has commands of its own
+STAGES = *MAIN, 'rerun', 'seeds', 'relearn', 'durability', 'harder', 'structured', 'ablate', 'scarce', 'ablations', 'foreign', 'domains', 'zoo', 'verdict'  # and what has commands of its own
 
 def stage_notebook(
     stage: str,  # such as 'poison'
@@ -154,12 +154,11 @@ def defense_params(
     profile: str,  # such as 'glyphs'
 )->dict:           # name of a defense -> what `defend` passes on to it
     "What params.yaml sets for each defense, for notebooks that run whole defenses."
-    p = {stage: stage_params(stage, profile) for stage in ('identify', 'invert', 'tune', 'baseline', 'harden')}
+    p = {stage: stage_params(stage, profile) for stage in ('identify', 'invert', 'tune', 'baseline')}
     steps = {v: dict(invert=p['invert'][v], tune=p['tune'][v]) for v in ('paper', 'ours')}
-    ours = dict(steps['ours'], identify={k: p['identify'][k] for k in ('families', 'steps')})
     return {'none': {}, 'ft': p['baseline']['recipe'], 'cleanclip': p['baseline']['recipe'],
             'invertune-paper': dict(steps['paper'], identify=dict(steps=p['identify']['steps'])),
-            'invertune': ours, 'invertune-durable': dict(ours, tune=p['harden']['durable'])}
+            'invertune': dict(steps['ours'], identify={k: p['identify'][k] for k in ('families', 'steps')})}
 
 # %% ../nbs/16_stages.ipynb #da2a8b93
 def notebook_parameters(

@@ -23,7 +23,7 @@ from .runtime import InvertuneError, atomic_path, load_json
 # %% ../nbs/14_tables.ipynb #bbfc1bc2
 COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_ci95', 'asr', 'asr_ci95', 'asr_with_target', 'ca_top5']
 ATTACK_ORDER = ['clean', 'badnet', 'blended', 'sig', 'wanet', 'badencoder', 'badclip']
-DEFENSE_ORDER = ['none', 'ft', 'cleanclip', 'invertune-paper', 'invertune', 'invertune-durable']
+DEFENSE_ORDER = ['none', 'ft', 'cleanclip', 'invertune-paper', 'invertune']
 RATES = ['ca', 'ca_top5', 'asr', 'asr_with_target']
 RECALLS = [f'{way}_r{k}' for way in ('i2t', 't2i') for k in (1, 5, 10)]
 
