@@ -10,7 +10,7 @@ __all__ = ['clock', 'race', 'plain_pass', 'training_runs', 'layout_runs', 'scan_
 import copy, statistics, time, torch
 import pandas as pd
 from .identify import descend, start, target_loss
-from .invert import grid, make_bank, place_masks, scan_places
+from .invert import grid, make_bank, place_masks, scan_places, toward
 from .metrics import embed
 from .model import *
 from .train import clip_loss, train_clip
@@ -71,7 +71,7 @@ def scan_runs(clip, images, steps=2, some=6):
     masks,head = place_masks(grid(side, side//8, side//8), side, side//8), torch.nn.functional.normalize(torch.randn(8, clip.model.text_projection.shape[-1], device=clip.device), dim=1)
     def one_by_one(bs):
         for m in masks[:some]: descend(clip, images, Trigger('mask', dict(mask=m[None], pattern=torch.rand(1,3,side,side))), target_loss(head, 0), steps, bs)
-    return {'places, side by side': (lambda: scan_places(clip, images, head, 0, masks, steps, per=3), len(masks)),
+    return {'places, side by side': (lambda: scan_places(clip, images, masks, toward(head, 0), steps, per=3), len(masks)),
             'places, one by one, same passes': (lambda: one_by_one(3), some), 'places, one by one, naive': (lambda: one_by_one(48), some)}
 
 # %% ../nbs/19_benchmark.ipynb #d524751c

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', 'dual_space_loss', 'invert_paper', 'grid',
-           'around', 'place_masks', 'scan_places', 'rank_places', 'stronger', 'ask', 'promising', 'invert']
+           'around', 'place_masks', 'under', 'scan_places', 'rank_places', 'surely', 'toward', 'stronger', 'ask',
+           'promising', 'invert']
 
 # %% ../nbs/11_invert.ipynb #a61b5dba
 import torch
@@ -93,7 +94,7 @@ def dual_space_loss(
     image = (f - near[torch.arange(len(f)) % len(near)]).norm(dim=1).mean()
     side = x.shape[-1]
     win = min(11, side // 4 * 2 - 1)
-    hidden = 1 - ssim(x2, x, data_range=1., win_size=win)
+    hidden = 1 - ssim(*(a.contiguous(memory_format=torch.channels_last) for a in (x2, x)), data_range=1., win_size=win)  # half the time of rows first
     w = weights
     return w[0]*text + w[1]*image + w[2]*hidden + w[3]*(224/side)**2 * mask.sum()
 
@@ -156,36 +157,59 @@ def place_masks(
     return masks
 
 # %% ../nbs/11_invert.ipynb #8cb869f5
+def under(
+    clip, # a `Clip`
+    images, # uint8 [N,3,H,W]
+    masks, pattern, # [P,1,H,W], [P,3,H,W]
+    n:int, # images for each patch
+    gen, # a torch.Generator, which draws them
+): # unit vectors [P,n,D]
+    "Embeddings of random images, `n` under each patch."
+    x = pixels(images[torch.randint(len(images), (n, len(masks)), generator=gen)], clip.device)
+    return torch.stack([clip.encode_image(apply_mask(a, masks, pattern)) for a in x], 1)
+
 def scan_places(
-    clip, images, head, index, # as in `invert_paper`
+    clip, # the model under test
+    images, # clean ones, uint8 [N,3,H,W]
     masks, # [P,1,H,W]
+    loss, # embeddings [P,n,D] -> scalar, a sum or mean over the patches
     steps:int=10, per:int=3, # sign steps; images a place and step
     size:float=.25, # first step's size
     seed:int=0, # of the start and the images
 ): # patterns [P,3,H,W]
     "A universal patch for each of many places, all optimised side by side."
-    gen,P = torch.Generator().manual_seed(seed), len(masks)
-    masks,loss = masks.to(clip.device), target_loss(head.to(clip.device), index)
-    pattern = torch.rand(P, *images.shape[1:], generator=gen).to(clip.device)
+    gen,masks = torch.Generator().manual_seed(seed), masks.to(clip.device)
+    pattern = torch.rand(len(masks), *images.shape[1:], generator=gen).to(clip.device)
     for step in progress(range(steps), desc='scan places', unit='step'):
-        grad = torch.zeros_like(pattern)
-        for _ in range(per):
-            x = pixels(images[torch.randint(len(images), (P,), generator=gen)], clip.device)
-            t = pattern.detach().requires_grad_()
-            grad += torch.autograd.grad(loss(clip.encode_image(apply_mask(x, masks, t))), t)[0]
-        pattern = (pattern - size * (1 - .9*step/steps) * grad.sign()).clamp(0, 1)
+        t = pattern.requires_grad_()
+        grad, = torch.autograd.grad(loss(under(clip, images, masks, t, per, gen)), t)
+        pattern = (t.detach() - size * (1 - .9*step/steps) * grad.sign()).clamp(0, 1)
     return pattern
 
 # %% ../nbs/11_invert.ipynb #a65f0a42
 @torch.no_grad()
-def rank_places(clip, images, head, index, masks, pattern, per=16, temperature=.07, seed=0):
-    "The target's probability under each place's patch, the geometric mean over `per` fresh images: [P]."
-    gen,logp = torch.Generator().manual_seed(seed+1), torch.zeros(len(masks))
-    head,masks,pattern = head.to(clip.device), masks.to(clip.device), pattern.to(clip.device)
-    for _ in range(per):
-        x = pixels(images[torch.randint(len(images), (len(masks),), generator=gen)], clip.device)
-        logp += (clip.encode_image(apply_mask(x, masks, pattern)) @ head.T / temperature).log_softmax(1)[:, index].cpu()
-    return (logp / per).exp()
+def rank_places(
+    clip, images, masks, # as in `scan_places`, other images
+    pattern, # [P,3,H,W]
+    score, # embeddings [P,n,D] -> [P]
+    per:int=16, # images a place
+    seed:int=0, # of the images
+): # scores [P]
+    "How well each place's patch does on fresh images."
+    gen = torch.Generator().manual_seed(seed+1)
+    return score(under(clip, images, masks.to(clip.device), pattern.to(clip.device), per, gen)).cpu()
+
+def surely(
+    head, # [C,D]
+    index:int, # the class wanted
+    temperature:float=.07, # the published one
+): # embeddings [P,n,D] -> [P]
+    "The class's probability, the geometric mean over images."
+    return lambda f: (f @ head.to(f.device).T / temperature).log_softmax(-1)[..., index].mean(1).exp()
+
+def toward(head, index):
+    "`target_loss` of embeddings [P,n,D]."
+    return lambda f: target_loss(head, index)(f.flatten(0, 1))
 
 # %% ../nbs/11_invert.ipynb #ec11d87f
 def stronger(
@@ -205,8 +229,8 @@ def ask(
 ): # masks [P,1,H,W], patterns [P,3,H,W], scores [P]
     "Scan places and rank them."
     masks = place_masks(places, fit.shape[-1], size)
-    pattern = scan_places(clip, fit, head, index, masks, per=per, seed=seed).cpu()
-    return masks, pattern, rank_places(clip, test, head, index, masks, pattern, judged, seed=seed)
+    pattern = scan_places(clip, fit, masks, toward(head, index), per=per, seed=seed).cpu()
+    return masks, pattern, rank_places(clip, test, masks, pattern, surely(head, index), judged, seed)
 
 # %% ../nbs/11_invert.ipynb #081a21d0
 def promising(

@@ -37,11 +37,13 @@ class Group:
     number: int # also the seed of all that is drawn
     tower: str # 'resnet' or 'vit'
     shape: dict # for `tiny_clip`
-    classes: list # their names
+    inks: dict # class name -> ink
     plants: list # (attack, target) of each backdoored model
     sizes: dict # images of its sets
     min_asr: float # an attack under it has not taken
     side: int = 32 # of the images, in pixels
+    @property
+    def classes(self): return list(self.inks)
 
 def zoo_group(
     number:int, # any number from 0
@@ -53,8 +55,9 @@ def zoo_group(
     pair,own = (np.random.default_rng([n, k]) for k,n in enumerate((number//2, number)))
     tower,order = ('resnet','vit')[number % 2], [str(a) for a in pair.permutation(list(ATTACKS))]
     classes = [str(c) for c in own.permutation(list(PICTOGRAMS))[:own.integers(6, 11)]]
+    inks = {c: str(i) for c,i in zip(classes, own.permutation(list(COLORS)))}
     targets = [str(c) for c in own.permutation(classes)]
-    return Group(number, tower, SHAPES[tower][own.integers(len(SHAPES[tower]))], classes, list(zip(order[number % 2::2][:plants], targets)), dict(sizes), min_asr)
+    return Group(number, tower, SHAPES[tower][own.integers(len(SHAPES[tower]))], inks, list(zip(order[number % 2::2][:plants], targets)), dict(sizes), min_asr)
 
 # %% ../nbs/24_zoo.ipynb #874b89a8
 def zoo_split(
@@ -66,11 +69,11 @@ def zoo_split(
     first = 10**5 * list(SIZES).index(name) # number of the first image
     n,rng = n or group.sizes[name], np.random.default_rng([group.number, first])
     def row(i):
-        c,ink = group.classes[i % len(group.classes)], str(rng.choice(list(COLORS)))
+        c = group.classes[i % len(group.inks)]; ink = group.inks[c]
         return Row(f'zoo-{i}', c, ink, str(rng.choice(readable(ink))), str(rng.choice(list(TEXTURES))), round(float(rng.uniform(.7,.95)), 2),
                    .5, .5, int(rng.integers(-25,26)), 30, 10**6*group.number + first + i, f'a {c}')
     rows = [row(i) for i in range(n)]
-    return Split(name, images=torch.from_numpy(np.stack([draw(r, group.side) for r in rows])), labels=torch.arange(n) % len(group.classes), captions=[r.caption for r in rows])
+    return Split(name, images=torch.from_numpy(np.stack([draw(r, group.side) for r in rows])), labels=torch.arange(n) % len(group.inks), captions=[r.caption for r in rows])
 
 # %% ../nbs/24_zoo.ipynb #e9b73409
 TEMPLATES = ['a {}']
@@ -82,7 +85,7 @@ ENCODER = dict(size=48, pattern='fixed', epochs=3, lr=2e-3, bs=32) # badencoder 
 def zoo_clean(
     group, # a `Group`
     split, # its set `pretrain`
-    epochs:int=16, lr:float=2e-3, bs:int=32, # of the training
+    epochs:int=12, lr:float=2e-3, bs:int=32, # of the training
 ): # a `Clip`
     "The clean model of a group."
     clip = tiny_clip(group.tower, image_size=group.side, embed_dim=64, text_width=32, text_layers=1, context=8, seed=group.number, **group.shape)
