@@ -33,7 +33,7 @@ def center_mask(
     return patch_at(torch.zeros(3,s,s), side, (side-s)//2, (side-s)//2)[0]
 
 # %% ../nbs/10_identify.ipynb #f074dca9
-FREE = dict(mask=('pattern', 0., 1.), coarse=('coarse', 0., 1.), warp=('flow', -3., 3.)) # of each kind: the tensor that moves, and its bounds
+FREE = dict(mask=('pattern', 0., 1.), coarse=('coarse', 0., 1.), warp=('flow', -3., 3.), add=('delta', -.15, .15)) # of each kind: the tensor that moves, and its bounds
 
 FAMILIES = dict(
     patch=lambda side,rand: ('mask', dict(mask=corner_mask(side), pattern=rand(1,3,side,side))),

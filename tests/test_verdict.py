@@ -9,13 +9,15 @@ import yaml
 from invertune import verdict
 from invertune.attacks import ATTACKS
 from invertune.defenses import Clean
+from invertune.identify import halves
 from invertune.paths import ROOT
 from invertune.runtime import InvertuneError
-from invertune.verdict import calibrate, collapse, features, judge, mend, scan, score
+from invertune.verdict import PATCHES, WHOLE, agreement, beyond, calibrate, collapse, features, judge, mend, scan, score
 from invertune.zoo import SHAPES, auroc, interval, rates, zoo_group, zoo_split
 
-NEVER, ALWAYS = ({'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
-SHORT = dict(steps=2, bs=8, families=('patch', 'warp'))
+USUAL = {f: (.5, .1) for f in (*WHOLE, *PATCHES)}
+NEVER, ALWAYS = ({'usual': {'resnet': USUAL}, 'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
+SHORT = dict(steps=2, bs=8, families=('patch of 49', 'warp'))
 
 
 @pytest.fixture(scope='module')
@@ -24,29 +26,34 @@ def clean(small):
     return Clean(d.images[:64].clone(), list(d.captions[:64]), small.classes, small.templates)
 
 
-def row(family, alike, index, share=.5): return dict(family=family, alike=alike, index=index, share=share, margin=.1)
+def row(family, alike, *shares): return dict(family=family, alike=alike, shares=list(shares))
 
 
 def test_features():
-    "The best patch, the best of the rest, and the class that most images end at."
-    f = features([row('patch', .99, 3, .9), row('blend', .9, 3), row('warp', .5, 1)])
-    assert f == pytest.approx(dict(local=2, whole=1, pull=1.4/3), abs=1e-6)
-    assert features([row('patch', 1., 0)]) == dict(local=4, whole=0, pull=.5)  # not infinite
+    "The most unusual row, and the class that most images end at, under patches and under the rest."
+    f = features([row('patch of 28', .99, .1, .9), row('patch of 49', .5, .4, .6), row('warp', .9, .7, .3)], USUAL)
+    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7), abs=1e-6)
+    assert beyond(row('warp', 1., .5, .5), USUAL) == 8 and beyond(row('warp', 0., .5, .5), USUAL) == pytest.approx(-2.5)  # not infinite
+    assert agreement([]) == 0
 
 
 def test_judge_names_a_target_only_with_a_backdoor():
-    evidence = [row('patch', .99, 1, .9), row('blend', .5, 0)]
-    yes, no = judge(evidence, ['sun', 'key'], ALWAYS), judge(evidence, ['sun', 'key'], NEVER)
-    assert yes.backdoored and yes.target == 'key' and yes.family == 'patch' and yes.probability > .5
+    evidence = [row('patch of 28', .99, .1, .9), row('blend', .5, 1., 0.)]
+    yes, no = (judge(evidence, 'resnet', ['sun', 'key'], c) for c in (ALWAYS, NEVER))
+    assert yes.backdoored and yes.target == 'key' and yes.family == 'patch of 28' and yes.probability > .5
     assert not no.backdoored and no.target is None and no.probability < .5
+    with pytest.raises(InvertuneError, match='knows no clean vit'): judge(evidence, 'vit', ['sun', 'key'], ALWAYS)
 
 
 def test_calibration_weighs_both_kinds_alike():
     "Ten times as many clean models do not move the verdict to their side."
-    low, high = [dict(local=x) for x in (.5, .6, .7)], [dict(local=x) for x in (1.5, 1.6, 1.7)]
-    c = calibrate(low*10 + high, [False]*30 + [True]*3)
-    assert score(c, dict(local=1.)) < 0 < score(c, dict(local=1.3))
-    with pytest.raises(InvertuneError, match='clean and backdoored'): calibrate(low, [False]*3)
+    model = lambda alike: [row('blend', alike, .5, .5), row('patch of 28', alike, .5, .5)]
+    low, high = [model(a) for a in (.5, .6, .7)], [model(a) for a in (.97, .98, .99)]
+    c = calibrate(low*10 + high, ['vit']*33, [False]*30 + [True]*3)
+    said = lambda a: score(c, features(model(a), c['usual']['vit']))
+    assert said(.7) < 0 < said(.97)
+    with pytest.raises(InvertuneError, match='there is no backdoored one'): calibrate(low, ['vit']*3, [False]*3)
+    with pytest.raises(InvertuneError, match='there is no clean resnet'): calibrate(low + high, ['vit']*5 + ['resnet'], [False]*3 + [True]*3)
 
 
 def test_scan_repeats_and_touches_nothing(small, clean):
@@ -56,7 +63,7 @@ def test_scan_repeats_and_touches_nothing(small, clean):
 
 
 def test_mend_leaves_an_innocent_model_alone(small, clean, monkeypatch):
-    monkeypatch.setattr(verdict, 'gather', lambda *args, **kw: [row('patch', .9, 0)])
+    monkeypatch.setattr(verdict, 'gather', lambda *args, **kw: [row('blend', .9, 1., 0.)])
     same, said = mend(small.bad, clean, calibration=NEVER)
     assert not said.backdoored and all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), small.bad.state_dict().values()))
     tuned, said = mend(small.bad, clean, calibration=ALWAYS, defense='ft', epochs=1, bs=32)
@@ -66,7 +73,7 @@ def test_mend_leaves_an_innocent_model_alone(small, clean, monkeypatch):
 def test_the_search_asks_no_class(small, clean):
     "What the search does is the same for any head; only its reading differs."
     head = clean.head(small.bad)
-    one, two = (collapse(small.bad, clean.images, h, 'patch', steps=2, bs=8) for h in (head, head[:3]))
+    one, two = (collapse(small.bad, *halves(clean.images), h, 'blend', steps=2, bs=8) for h in (head, head[:3]))
     assert one['alike'] == two['alike']
 
 
