@@ -9,8 +9,8 @@ __all__ = ['clock', 'race', 'plain_pass', 'training_runs', 'layout_runs', 'scan_
 # %% ../nbs/19_benchmark.ipynb #4e55e8b7
 import copy, statistics, time, torch
 import pandas as pd
-from .identify import descend, start, target_loss
-from .invert import grid, make_bank, place_masks, scan_places, toward
+from .identify import descend, grid, place_masks, scan_places, start, target_loss
+from .invert import make_bank, toward
 from .metrics import embed
 from .model import *
 from .train import clip_loss, train_clip

@@ -52,7 +52,7 @@ _shades = sns.color_palette('colorblind').as_hex()
 COLORS = [_shades[i] for i in (0, 1, 2, 3, 4, 9, 5, 7, 8, 6)]  # those that differ most in lightness first
 MARKERS, DASHES = ['X', 's', 'D', '^', 'o', 'v', 'P', '*'], ['-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2))]
 VARIANTS = {'paper': 'as published', 'ours': 'ours'}  # keys of the JSON files and their names in print
-KINDS = {'patch': 'corner patch', 'center': 'center patch', 'blend': 'whole image', 'mask': 'free mask'}  # of perturbations
+KINDS = {'patch': 'corner patch', 'place': 'patch, best place', 'blend': 'whole image', 'mask': 'free mask'}  # of perturbations
 INVERTED = {**KINDS, 'patch': 'patch'}  # of inverted triggers, whose patches may be anywhere
 
 def looks(

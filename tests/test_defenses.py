@@ -199,8 +199,8 @@ def test_a_fresh_trigger_is_of_the_same_kind():
 
 def test_places_near_the_best():
     assert invert.around([(0, 0)], 4, 24) == [(0, 0), (0, 4), (4, 0), (4, 4)]
-    assert invert.grid(32, 8, 16) == [(i, j) for i in (0, 16, 24) for j in (0, 16, 24)]
-    assert invert.place_masks([(24, 0)], 32, 8)[0, 0].nonzero().min(0).values.tolist() == [24, 0]
+    assert identify.grid(32, 8, 16) == [(i, j) for i in (0, 16, 24) for j in (0, 16, 24)]
+    assert identify.place_masks([(24, 0)], 32, 8)[0, 0].nonzero().min(0).values.tolist() == [24, 0]
 
 
 # Bad input
