@@ -230,7 +230,7 @@ def tune(
     bank, # a `Bank` of inverted triggers
     steps:int=80, lr:float=1.5e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
     moves:int=4, size:float=.12, jitter:float=7, # sign steps of each new trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
-    activation:float=.3, embedding:float=3.5, preserve:float=5., # weights of the terms
+    activation:float=.3, embedding:float=3.5, preserve:float=8., # weights of the terms
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
     live:bool=True, # BatchNorm's statistics follow the weights; else they stay as they are
