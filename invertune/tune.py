@@ -214,12 +214,12 @@ def shifted(
     return mask
 
 # %% ../nbs/12_tune.ipynb #5967f013
-def tuning_terms(tuned, f0, x, x2, masks, text):
-    "The three terms of `tune`: activations of x' to clean ones, x' no nearer to the target's text than x was, clean embedding kept."
+def tuning_terms(tuned, f0, x, x2, masks, text, margin):
+    "The three terms of `tune`: activations of x' to clean ones, x' nearer to the target's text than x was by no more than a margin, clean embedding kept."
     with torch.no_grad(), Activations(f0, masks) as goal: e0 = f0.encode_image(x)
     with Activations(tuned, masks) as acts: e = tuned.encode_image(torch.cat([x, x2]))
     e,e2 = e.split(len(x))
-    return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
+    return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text - margin).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
 
 # %% ../nbs/12_tune.ipynb #fa0b08f9
 def tune(
@@ -230,7 +230,8 @@ def tune(
     bank, # a `Bank` of inverted triggers
     steps:int=80, lr:float=1.5e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
     moves:int=4, size:float=.12, jitter:float=7, # sign steps of each new trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
-    activation:float=.3, embedding:float=3.5, preserve:float=8., # weights of the terms
+    activation:float=.3, embedding:float=3.5, preserve:float=5., # weights of the terms
+    margin:float=.1, # a cosine; so much nearer to the target's text a triggered image may come
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
     live:bool=True, # BatchNorm's statistics follow the weights; else they stay as they are
@@ -247,7 +248,7 @@ def tune(
         trigger = triggers[step % len(triggers)]
         if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
         for _ in range(moves): move(tuned, x[:bs//2], trigger, target_loss(head, index), size)
-        act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device))
+        act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device), margin)
         optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
         if live: follow(tuned, x)
         curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
