@@ -11,8 +11,8 @@ import hashlib, html, os, re, shutil, sys, yaml
 from pathlib import Path
 
 from .paths import NBS, RESULTS, ROOT
-from .pipeline import kind, load_costs
-from .runtime import InvertuneError, atomic_path
+from .pipeline import kind
+from .runtime import InvertuneError, atomic_path, load_json
 from .stages import MAIN, set_environment
 
 # %% ../nbs/18_pages.ipynb #513df811
@@ -67,7 +67,8 @@ def cost_of(
     cores: int = 2,     # shared by the single-thread runs
 )->str:                 # such as '25 min, 1.2 GB'
     "Minutes and the largest process's memory, from what the committed run cost."
-    costs = {n: c for n, c in load_costs(profile).items() if kind(n) in (stages or MAIN)}
+    file = RESULTS/profile/'costs.json'
+    costs = {n: c for n, c in load_json(file).items() if kind(n) in (stages or MAIN)} if file.exists() else {}
     if not costs: return '?'
     alone = sum(c['seconds'] for n, c in costs.items() if n.endswith(f'@{profile}'))
     shared = sum(c['seconds'] for n, c in costs.items()) - alone
