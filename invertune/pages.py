@@ -78,16 +78,25 @@ def cost_of(
 def made_by(
     profile: str,  # such as 'glyphs'
     *stages: str,  # names of stages; those of the main job if none is given
-)->str:            # 'this code', or which of its files have changed since
-    "Were the committed results made with the code as it stands?"
+)->str:            # 'this code', or what has changed since: files, and stages that have run again
+    "Were the committed results, and all that they rest on, made with the code as it stands?"
     lock = ROOT/'dvc.lock'
     locked = yaml.safe_load(lock.read_text(encoding='utf-8'))['stages'] if lock.exists() else {}
-    mine = [s for name, s in locked.items() if kind(name) in (stages or MAIN) and f"{name.split('@')[-1]}-".startswith(f'{profile}-')]
-    if not mine: return '?'
-    code = {(d['path'], d['md5']) for s in mine for d in s['deps'] if d['path'].startswith(('invertune/', 'nbs/'))}
-    same = lambda path, md5: (ROOT/path).exists() and hashlib.md5((ROOT/path).read_bytes()).hexdigest() == md5
-    changed = sorted({Path(path).name for path, md5 in code if not same(path, md5)})
-    return f"an earlier {', '.join(f'`{c}`' for c in changed)}" if changed else 'this code'
+    outs = {o['path']: (n, o['md5']) for n, s in locked.items() for o in s.get('outs', [])}
+    todo = [n for n in locked if kind(n) in (stages or MAIN) and f"{n.split('@')[-1]}-".startswith(f'{profile}-')]
+    if not todo: return '?'
+    seen, changed = set(), set()
+    while todo:
+        seen.add(name := todo.pop())
+        for dep in locked[name]['deps']:
+            file = ROOT/dep['path']
+            if dep['path'] in outs:
+                maker, md5 = outs[dep['path']]
+                if md5 != dep['md5']: changed.add(kind(maker))
+                if maker not in seen: todo.append(maker)
+            elif dep['path'].startswith(('invertune/', 'nbs/')) and not (file.exists() and hashlib.md5(file.read_bytes()).hexdigest() == dep['md5']):
+                changed.add(file.name)
+    return f"an earlier {', '.join(f'`{c}`' for c in sorted(changed))}" if changed else 'this code'
 
 # %% ../nbs/18_pages.ipynb #b257d422
 def markdown_table(
