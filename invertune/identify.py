@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'FAMILIES', 'SIMULATIONS', 'corner_mask', 'start', 'move', 'descend', 'halves', 'grid', 'place_masks', 'under',
-           'scan_places', 'rank_places', 'alikeness', 'apart', 'best_patch', 'begin', 'make_uap', 'class_shares',
-           'simulate', 'gain', 'identify_paper', 'target_loss', 'shortcut', 'identify']
+           'scan_places', 'rank_places', 'search_places', 'alikeness', 'apart', 'best_patch', 'begin', 'make_uap',
+           'shares', 'class_shares', 'simulate', 'gain', 'identify_paper', 'target_loss', 'shortcut', 'identify']
 
 # %% ../nbs/10_identify.ipynb #274d1b3c
 import copy, torch
@@ -147,6 +147,18 @@ def rank_places(
     gen = torch.Generator().manual_seed(seed+1)
     return score(under(clip, images, masks.to(clip.device), pattern.to(clip.device), per, gen)).cpu()
 
+def search_places(
+    clip, fit, test, # the model under test, clean images to work on, others to judge on
+    places, size:int, # [(top, left)], side of the patches in pixels
+    loss, score, # as in `scan_places` and `rank_places`
+    per:int=3, judged:int=16, # images a place and step, images a place to judge on
+    seed:int=0, # of both
+): # masks [P,1,H,W], patterns [P,3,H,W], scores [P]
+    "Scan places and rank them."
+    masks = place_masks(places, fit.shape[-1], size)
+    patterns = scan_places(clip, fit, masks, loss, per=per, seed=seed).cpu()
+    return masks, patterns, rank_places(clip, test, masks, patterns, score, judged, seed)
+
 # %% ../nbs/10_identify.ipynb #a2659843
 def alikeness(f): # unit vectors [...,N,D] -> [...], in [0,1]
     "The length of their mean: 1 where all are the same."
@@ -163,9 +175,8 @@ def best_patch(
     "The patch, of every place's, that makes images most alike, whatever they then look like."
     side,(fit,test) = images.shape[-1], halves(images)
     size,stride = scaled(size, side),scaled(stride, side)
-    masks = place_masks(grid(side, size, stride), side, size)
-    patterns = scan_places(clip, fit, masks, apart, per=4, seed=seed).cpu()
-    i = rank_places(clip, test, masks, patterns, alikeness, per=8, seed=seed).argmax()
+    masks,patterns,scores = search_places(clip, fit, test, grid(side, size, stride), size, apart, alikeness, per=4, judged=8, seed=seed)
+    i = scores.argmax()
     return Trigger('mask', dict(mask=masks[i][None], pattern=patterns[i][None]), inverted='place')
 
 SIMULATIONS = ('patch','place','blend','smooth','bands','warp')
@@ -193,15 +204,18 @@ def make_uap(
     return descend(clip, images, copy.deepcopy(trigger), drift, steps, bs, seed=seed)
 
 # %% ../nbs/10_identify.ipynb #7d013f74
+def shares(f, head): # unit vectors [N,D], zero-shot head [C,D] -> [C], sums to 1
+    "The share of images predicted as each class."
+    return torch.bincount((f @ head.cpu().T).argmax(1), minlength=len(head)).float() / len(f)
+
 def class_shares(
     clip, # a `Clip`
     head, # zero-shot head [C,D]
     images, # uint8 [N,3,H,W]
     change=None, # a function of pixels
 ): # [C], sums to 1
-    "The share of images predicted as each class."
-    preds = (embed(clip, images, change) @ head.cpu().T).argmax(1)
-    return torch.bincount(preds, minlength=len(head)).float() / len(images)
+    "`shares` of images that are embedded first."
+    return shares(embed(clip, images, change), head)
 
 # %% ../nbs/10_identify.ipynb #f4135e50
 def simulate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', 'dual_space_loss', 'invert_paper', 'around',
-           'surely', 'toward', 'stronger', 'ask', 'promising', 'invert']
+           'surely', 'toward', 'stronger', 'promising', 'invert']
 
 # %% ../nbs/11_invert.ipynb #a61b5dba
 import torch
@@ -159,18 +159,6 @@ def stronger(
     if trigger.meta['inverted'] == 'bands': trigger.tensors['mask'] = (strength * trigger.tensors['mask']).clamp(max=1)
     return trigger
 
-# %% ../nbs/11_invert.ipynb #8ca10980
-def ask(
-    clip, fit, test, head, index, # as in `invert`: clean images to work on, others to judge on
-    places, size:int, # [(top, left)], side of the patches in pixels
-    per:int=3, judged:int=16, # images a place and step, images a place to judge on
-    seed:int=0, # of both
-): # masks [P,1,H,W], patterns [P,3,H,W], scores [P]
-    "Scan places and rank them."
-    masks = place_masks(places, fit.shape[-1], size)
-    pattern = scan_places(clip, fit, masks, toward(head, index), per=per, seed=seed).cpu()
-    return masks, pattern, rank_places(clip, test, masks, pattern, surely(head, index), judged, seed)
-
 # %% ../nbs/11_invert.ipynb #081a21d0
 def promising(
     clip, head, images, index, # as in `inverted_asr`
@@ -198,8 +186,9 @@ def invert(
     side,loss,(fit,test) = images.shape[-1], target_loss(head, index), halves(images)
     size,step,best = scaled(patch, side), scaled(stride, side), lambda scores: scores.topk(min(keep, len(scores))).indices.tolist()
     places = grid(side, size, step)
-    masks,_,scores = ask(clip, fit, test, head, index, places, size, seed=seed)
-    near,pattern,finer = ask(clip, fit, test, head, index, around([places[i] for i in best(scores)], step//2, side-size), size, 4, 32, seed+1)
+    goal = toward(head, index), surely(head, index)
+    masks,_,scores = search_places(clip, fit, test, places, size, *goal, seed=seed)
+    near,pattern,finer = search_places(clip, fit, test, around([places[i] for i in best(scores)], step//2, side-size), size, *goal, 4, 32, seed+1)
     starts = [Trigger('mask', dict(mask=near[i:i+1], pattern=pattern[i:i+1]), inverted='patch') for i in best(finer)] + [stronger(start(f, side, seed), strength) for f in families]
     tried = promising(clip, head, test[:128], index, [descend(clip, fit, t, loss, min(trial, steps), bs, seed=seed) for t in starts])
     made = [descend(clip, fit, t, loss, max(0, steps-trial), bs, seed=seed+1) for t in tried]

@@ -77,7 +77,7 @@ def inspect_layers(
     return dict(layers=impacts, selected=selected, masks={n: critical_neurons(clean[n], hit[n], seed) for n in selected})
 
 # %% ../nbs/12_tune.ipynb #85929c73
-def channel_dim(clip): return 0 if hasattr(clip.model.visual, 'layer1') else -1
+def channel_dim(clip): return 0 if is_resnet(clip) else -1
 
 def limit_rows(
     clip, # a `Clip`; its parameters get hooks and `requires_grad`

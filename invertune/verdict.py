@@ -41,7 +41,7 @@ def judged(
 ): # dict(family, alike, shares)
     "How alike a perturbation makes all images, and which classes it makes of them."
     f = embed(clip, images, trigger)
-    return dict(family=name, alike=alikeness(f).item(), shares=(torch.bincount((f @ head.cpu().T).argmax(1), minlength=len(head)) / len(f)).tolist())
+    return dict(family=name, alike=alikeness(f).item(), shares=shares(f, head).tolist())
 
 # %% ../nbs/21_verdict.ipynb #ff0e387d
 def collapse(
@@ -62,9 +62,8 @@ def collapse_places(
 ): # [from `judged`]
     "The best that a patch can do, at its best places."
     side,(size,stride) = fit.shape[-1], (scaled(n, fit.shape[-1]) for n in PATCHES[family])
-    masks = place_masks(grid(side, size, stride), side, size)
-    patterns = scan_places(clip, fit, masks, apart, per=4, seed=seed).cpu()
-    best = rank_places(clip, test, masks, patterns, alikeness, per=8, seed=seed).topk(min(keep, len(masks))).indices.tolist()
+    masks,patterns,scores = search_places(clip, fit, test, grid(side, size, stride), size, apart, alikeness, per=4, judged=8, seed=seed)
+    best = scores.topk(min(keep, len(scores))).indices.tolist()
     tried = [descend(clip, fit, Trigger('mask', dict(mask=masks[i:i+1], pattern=patterns[i:i+1]), inverted='patch'), apart, steps, bs, seed=seed) for i in best]
     return [judged(clip, test, head, t, family) for t in tried]
 
@@ -88,7 +87,7 @@ def gather(
 # %% ../nbs/21_verdict.ipynb #662eac1d
 def depth(row): return -math.log10(max(1e-4, 1 - row['alike'])) # 1: alikeness .9; 2: .99
 
-def kind_of(clip): return 'resnet' if hasattr(clip.model.visual, 'layer1') else 'vit'
+def kind_of(clip): return 'resnet' if is_resnet(clip) else 'vit'
 
 def beyond(
     row, # from `judged`

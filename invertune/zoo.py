@@ -18,7 +18,6 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from .attacks import ATTACKS, Setup, attack
 from .data import Split
 from .figures import WIDTH, figure, looks
-from .harder import shifted
 from .metrics import evaluate
 from .model import *
 from .paths import CACHE, RESULTS
@@ -93,12 +92,7 @@ def zoo_clean(
     "The clean model of a group."
     clip = tiny_clip(group.tower, image_size=group.side, embed_dim=64, text_width=32, text_layers=1, context=8, seed=group.number, **group.shape)
     clip.model.token_embedding.weight.requires_grad_(False)
-    tokens,gen = clip.tokenize(list(split.captions)), torch.Generator().manual_seed(group.number)
-    def loss(idx):
-        x = pixels(split.images[idx], clip.device)
-        if group.tower == 'vit': x = shifted(x, scaled(shift, group.side), gen)
-        return clip_loss(*clip(x, tokens[idx.to(tokens.device)]), clip.scale)
-    fit(clip, loss, len(split), epochs, lr, bs, seed=group.number, desc='clean')
+    train_clip(clip, split.images, split.captions, shift=scaled(shift, group.side) if group.tower == 'vit' else 0, epochs=epochs, lr=lr, bs=bs, seed=group.number, desc='clean')
     return clip
 
 def zoo_tuned(
@@ -131,7 +125,7 @@ def zoo_poisoned(
 # %% ../nbs/24_zoo.ipynb #c4c81038
 def zoo_folder(group):
     "Where the models of a group are kept."
-    made_by = [zoo_split, shifted, zoo_clean, zoo_tuned, zoo_poisoned, zoo_train, attacks, model, train, triggers]
+    made_by = [zoo_split, zoo_clean, zoo_tuned, zoo_poisoned, zoo_train, attacks, model, train, triggers]
     key = hashlib.sha256('\n'.join([repr(group), repr([RECIPE, OWN, ENCODER]), *map(inspect.getsource, made_by)]).encode()).hexdigest()[:12]
     return CACHE/'zoo'/f'{group.number}-{key}'
 
