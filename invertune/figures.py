@@ -312,7 +312,7 @@ def inversion_curves(
     return fig
 
 # %% ../nbs/15_figures.ipynb #05c59961
-TERMS = {'activation': 'activation term', 'embedding': 'embedding term', 'preserve': 'preservation term'}
+TERMS = {'activation': 'activation term', 'embedding': 'embedding term', 'preserve': 'preservation term', 'decision': 'decision term'}
 
 def _tuning_panel(ax, curves, term):
     "One term of one variant, or a word that the variant has no such term."
@@ -326,7 +326,7 @@ def tuning_curves(
     tuned:dict,  # attack -> content of its tune.json
 ):               # figure: terms of the loss x variants
     "How the tuning went."
-    fig, axs = plt.subplots(len(TERMS), len(VARIANTS), figsize=(WIDTH, 4.6), sharex='col', sharey='row')
+    fig, axs = plt.subplots(len(TERMS), len(VARIANTS), figsize=(WIDTH, 5.8), sharex='col', sharey='row')
     for line, (term, label) in zip(axs, TERMS.items()):
         for ax, variant in zip(line, VARIANTS): _tuning_panel(ax, {attack: content[variant]['curve'] for attack, content in tuned.items()}, term)
         line[0].set_ylabel(label)

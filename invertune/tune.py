@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'batch_norms',
-           'follow', 'settle', 'warm_adamw', 'distill', 'activation_loss', 'renew', 'shifted', 'tuning_terms', 'tune',
-           'erase']
+           'follow', 'settle', 'warm_adamw', 'distill', 'activation_loss', 'decision_loss', 'renew', 'shifted',
+           'tuning_terms', 'tune', 'erase']
 
 # %% ../nbs/12_tune.ipynb #fd053d52
 import copy, torch
@@ -178,7 +178,8 @@ def distill(
         idx = torch.randperm(len(images), generator=gen)[:bs]
         f = made.train().encode_image(pixels(images[idx], clip.device))
         optimise(opt, (f - f0[idx.to(f0.device)]).norm(dim=1).mean(), 'distill'); sched.step()
-    return made.eval()
+    settle(made.eval(), images)
+    return made
 
 # %% ../nbs/12_tune.ipynb #34e0ffdf
 def activation_loss(
@@ -189,6 +190,15 @@ def activation_loss(
     "Per-sample masked difference over the norm of the whole clean layer, mean over samples and layers."
     part = lambda a,g,m: ((a - g) * m).flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1).clamp(min=1e-8)
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
+
+def decision_loss(
+    f, f0, # embeddings [N,D] of the same images, from the tuned model and from the model as received
+    head, # zero-shot head [C,D]
+    temperature:float=.07, # the published one of `target_loss`
+): # scalar
+    "KL divergence of the class probabilities from those of the model as received, mean over images."
+    p,p0 = ((e @ head.T / temperature).log_softmax(1) for e in (f, f0))
+    return F.kl_div(p, p0, reduction='batchmean', log_target=True)
 
 # %% ../nbs/12_tune.ipynb #27d61a59
 def renew(
@@ -214,12 +224,19 @@ def shifted(
     return mask
 
 # %% ../nbs/12_tune.ipynb #5967f013
-def tuning_terms(tuned, f0, x, x2, masks, text, margin):
-    "The three terms of `tune`: activations of x' to clean ones, x' nearer to the target's text than x was by no more than a margin, clean embedding kept."
+def tuning_terms(
+    tuned, f0, # the model in training and the one as received
+    x, x2, # pixels of clean images, the same with a trigger
+    masks, # {layer: bool}, critical neurons
+    head, index, # zero-shot head [C,D], the identified target
+    margin, # a cosine
+): # {name: scalar}
+    "What `tune` minimises: activations of x' to clean ones; x' nearer to the target's text than x was by no more than a margin; clean embeddings and clean decisions kept."
     with torch.no_grad(), Activations(f0, masks) as goal: e0 = f0.encode_image(x)
     with Activations(tuned, masks) as acts: e = tuned.encode_image(torch.cat([x, x2]))
     e,e2 = e.split(len(x))
-    return activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), ((e2 - e0) @ text - margin).clamp(min=0).mean(), (e - e0).norm(dim=1).mean()
+    return dict(activation=activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), embedding=((e2 - e0) @ head[index] - margin).clamp(min=0).mean(),
+                preserve=(e - e0).norm(dim=1).mean(), decision=decision_loss(e, e0, head))
 
 # %% ../nbs/12_tune.ipynb #fa0b08f9
 def tune(
@@ -230,7 +247,7 @@ def tune(
     bank, # a `Bank` of inverted triggers
     steps:int=80, lr:float=1.5e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
     moves:int=4, size:float=.12, jitter:float=7, # sign steps of each new trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
-    activation:float=.3, embedding:float=3.5, preserve:float=5., # weights of the terms
+    activation:float=.3, embedding:float=3.5, preserve:float=5., decision:float=2., # weights of the terms
     margin:float=.1, # a cosine; so much nearer to the target's text a triggered image may come
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
@@ -240,6 +257,7 @@ def tune(
 ): # (tuned `Clip`, report)
     "Activation tuning against triggers that keep up with the model."
     f0,tuned,gen = (received or clip).eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
+    head,weights = head.to(clip.device), dict(activation=activation, embedding=embedding, preserve=preserve, decision=decision)
     found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), bank.above(gate).triggers
     opt,sched = warm_adamw(tuned, steps, lr, wd)
     curve = []
@@ -248,10 +266,10 @@ def tune(
         trigger = triggers[step % len(triggers)]
         if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
         for _ in range(moves): move(tuned, x[:bs//2], trigger, target_loss(head, index), size)
-        act,pull,keep = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head[index].to(clip.device), margin)
-        optimise(opt, activation*act + embedding*pull + preserve*keep, 'tune'); sched.step()
+        terms = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head, index, margin)
+        optimise(opt, sum(weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
         if live: follow(tuned, x)
-        curve.append(dict(step=step+1, activation=act.item(), embedding=pull.item(), preserve=keep.item()))
+        curve.append(dict(step=step+1, **{k: v.item() for k,v in terms.items()}))
     if live: settle(tuned, images)
     return tuned,report_tuning(tuned, images, bank[0], found, curve)
 
