@@ -12,8 +12,8 @@ from invertune.defenses import Clean
 from invertune.identify import halves
 from invertune.paths import ROOT
 from invertune.runtime import InvertuneError
-from invertune.verdict import PATCHES, WHOLE, agreement, beyond, calibrate, collapse, features, judge, mend, scan, score
-from invertune.zoo import SHAPES, auroc, interval, rates, zoo_group, zoo_split
+from invertune.verdict import PATCHES, WHOLE, agreement, beyond, calibrate, collapse, features, gather, judge, mend, sags, scan, score
+from invertune.zoo import SHAPES, SIZES, auroc, interval, rates, zoo_frequent, zoo_group, zoo_split
 
 USUAL = {f: (.5, .1) for f in (*WHOLE, *PATCHES)}
 NEVER, ALWAYS = ({'usual': {'resnet': USUAL}, 'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
@@ -26,13 +26,13 @@ def clean(small):
     return Clean(d.images[:64].clone(), list(d.captions[:64]), small.classes, small.templates)
 
 
-def row(family, alike, *shares): return dict(family=family, alike=alike, shares=list(shares))
+def row(family, alike, *shares, sag=0.): return dict(family=family, alike=alike, shares=list(shares), sag=sag)
 
 
 def test_features():
-    "The most unusual row, and the class that most images end at, under patches and under the rest."
-    f = features([row('patch of 28', .99, .1, .9), row('patch of 49', .5, .4, .6), row('warp', .9, .7, .3)], USUAL)
-    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7), abs=1e-6)
+    "The most unusual row, the class that most images end at, under patches and under the rest, and how far one sags that is led to."
+    f = features([row('patch of 28', .99, .1, .9, sag=.05), row('patch of 49', .5, .4, .6, sag=.3), row('warp', .9, .7, .3, sag=-.2)], USUAL)
+    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7, sag=.1*.6), abs=1e-6)  # beyond .1 a sag says no more
     assert beyond(row('warp', 1., .5, .5), USUAL) == 8 and beyond(row('warp', 0., .5, .5), USUAL) == pytest.approx(-2.5)  # not infinite
     assert agreement([]) == 0
 
@@ -77,6 +77,22 @@ def test_the_search_asks_no_class(small, clean):
     assert one['alike'] == two['alike']
 
 
+def test_what_sags_is_the_class_that_fits_worse(monkeypatch):
+    "Images read as class 1 lie farther from its text; of one image too few nothing is said."
+    cosines = torch.tensor([.9]*3 + [.5]*3 + [.8]*3 + [.1]*2)
+    f = torch.zeros(11, 8).index_put((torch.arange(11), torch.tensor([0]*3 + [1]*3 + [2]*3 + [3]*2)), cosines)
+    f[:, 4] = (1 - cosines**2).sqrt()
+    monkeypatch.setattr(verdict, 'embed', lambda clip, images: images)
+    assert sags(None, f, torch.eye(8)[:4]).tolist() == pytest.approx([-.1, .3, 0., 0.])
+
+
+def test_gather_tells_the_sag_of_the_class_that_is_led_to(small, clean):
+    head = clean.head(small.bad)
+    found = gather(small.bad, clean.images, head, **SHORT)
+    sag = sags(small.bad, clean.images, head)
+    assert len(found) == 4 and all(r['sag'] == sag[torch.tensor(r['shares']).argmax()] for r in found)
+
+
 def test_verdict_opens_no_secret():
     tree = ast.parse(inspect.getsource(verdict))
     sources = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
@@ -89,6 +105,18 @@ def test_groups_differ_and_share_no_image():
     assert {a for g in groups for a, _ in g.plants} == set(ATTACKS) and len({tuple(g.classes) for g in groups}) == 20
     images = torch.cat([zoo_split(g, name, 8).images for g in groups[:2] for name in ('pretrain', 'defender')])
     assert len(images.flatten(1).unique(dim=0)) == len(images)
+
+
+def test_a_frequent_class_is_honest():
+    "As many images as before, none twice, each with its own class's caption; one class has taken the place of others."
+    g = zoo_group(3, sizes=dict(SIZES, poison=120))
+    plain, often = zoo_split(g, 'poison'), zoo_frequent(g, 40)
+    target = g.classes.index(g.plants[0][1])
+    assert len(often.images) == 120 == len(often.images.flatten(1).unique(dim=0)) and often.captions == [f'a {g.classes[c]}' for c in often.labels]
+    assert (often.labels == target).sum() == (plain.labels == target).sum() + 40
+    moved = (often.images != plain.images).flatten(1).any(1)
+    assert moved.sum() == 40 and (often.labels[moved] == target).all() and (often.labels[~moved] == plain.labels[~moved]).all()
+    assert (zoo_frequent(g).labels != plain.labels).sum() == 60  # at most half
 
 
 def test_the_trial_has_enough_models_and_keeps_groups_apart():
