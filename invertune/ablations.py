@@ -27,6 +27,7 @@ PARTS = {
     'no activation term': dict(activation=0.),
     'no embedding term': dict(embedding=0.),
     'no margin': dict(margin=0.),
+    'no prototype': dict(prototype=False),
     'no decision term': dict(decision=0.),
     'no preserving term': dict(preserve=0.),
     'triggers that stand still': dict(moves=0),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'batch_norms',
-           'follow', 'settle', 'warm_adamw', 'distill', 'activation_loss', 'decision_loss', 'renew', 'shifted',
-           'tuning_terms', 'tune', 'erase']
+           'follow', 'settle', 'warm_adamw', 'distill', 'activation_loss', 'decision_loss', 'prototypes', 'renew',
+           'shifted', 'tuning_terms', 'tune', 'erase']
 
 # %% ../nbs/12_tune.ipynb #fd053d52
 import copy, torch
@@ -200,6 +200,18 @@ def decision_loss(
     p,p0 = ((e @ head.T / temperature).log_softmax(1) for e in (f, f0))
     return F.kl_div(p, p0, reduction='batchmean', log_target=True)
 
+# %% ../nbs/12_tune.ipynb #0e5a7c01
+@torch.no_grad()
+def prototypes(
+    clip, # a `Clip`
+    images, # clean ones, uint8 [N,3,H,W]
+    head, # zero-shot head [C,D]
+): # unit vectors [C,D]
+    "The mean embedding of the images read as each class (Snell et al. 2017); its text where there are none."
+    f = embed(clip, images).to(head.device)
+    read = (f @ head.T).argmax(1)
+    return torch.stack([F.normalize(f[read == c].mean(0), dim=0) if (read == c).any() else head[c] for c in range(len(head))])
+
 # %% ../nbs/12_tune.ipynb #27d61a59
 def renew(
     trigger, # a `Trigger` of a bank
@@ -228,14 +240,14 @@ def tuning_terms(
     tuned, f0, # the model in training and the one as received
     x, x2, # pixels of clean images, the same with a trigger
     masks, # {layer: bool}, critical neurons
-    head, index, # zero-shot head [C,D], the identified target
+    head, aims, # zero-shot head [C,D]; what x' must keep away from, unit vectors [A,D]
     margin, # a cosine
 ): # {name: scalar}
-    "What `tune` minimises: activations of x' to clean ones; x' nearer to the target's text than x was by no more than a margin; clean embeddings and clean decisions kept."
+    "What `tune` minimises: activations of x' to clean ones; x' nearer to no aim than x was, but for a margin; clean embeddings and clean decisions kept."
     with torch.no_grad(), Activations(f0, masks) as goal: e0 = f0.encode_image(x)
     with Activations(tuned, masks) as acts: e = tuned.encode_image(torch.cat([x, x2]))
     e,e2 = e.split(len(x))
-    return dict(activation=activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), embedding=((e2 - e0) @ head[index] - margin).clamp(min=0).mean(),
+    return dict(activation=activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks), embedding=((e2 - e0) @ aims.T - margin).clamp(min=0).amax(1).mean(),
                 preserve=(e - e0).norm(dim=1).mean(), decision=decision_loss(e, e0, head))
 
 # %% ../nbs/12_tune.ipynb #fa0b08f9
@@ -245,10 +257,11 @@ def tune(
     head, # zero-shot head [C,D]
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
-    steps:int=80, lr:float=1.5e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
+    steps:int=80, lr:float=1e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
     moves:int=4, size:float=.12, jitter:float=7, # sign steps of each new trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
-    activation:float=.3, embedding:float=3.5, preserve:float=5., decision:float=2., # weights of the terms
-    margin:float=.1, # a cosine; so much nearer to the target's text a triggered image may come
+    activation:float=.3, embedding:float=3.5, preserve:float=5., decision:float=4., # weights of the terms
+    margin:float=.1, # a cosine; so much nearer to the target a triggered image may come
+    prototype:bool=True, # the target is its prototype as well as its text
     gate:float=.7, # triggers of the bank with a lower inverted ASR are left out
     rule:str='outlier', # see `select_layers`
     live:bool=True, # BatchNorm's statistics follow the weights; else they stay as they are
@@ -259,14 +272,16 @@ def tune(
     f0,tuned,gen = (received or clip).eval(), copy.deepcopy(clip).eval(), torch.Generator().manual_seed(seed)
     head,weights = head.to(clip.device), dict(activation=activation, embedding=embedding, preserve=preserve, decision=decision)
     found,triggers = inspect_layers(clip, images[:512], bank[0], rule, seed), bank.above(gate).triggers
+    heads = [head, prototypes(f0, images, head)] if prototype else [head]
+    aims = torch.stack([h[index] for h in heads])
     opt,sched = warm_adamw(tuned, steps, lr, wd)
     curve = []
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
-        trigger = triggers[step % len(triggers)]
+        trigger,goal = triggers[step % len(triggers)], target_loss(heads[step // len(triggers) % len(heads)], index)
         if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
-        for _ in range(moves): move(tuned, x[:bs//2], trigger, target_loss(head, index), size)
-        terms = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head, index, margin)
+        for _ in range(moves): move(tuned, x[:bs//2], trigger, goal, size)
+        terms = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head, aims, margin)
         optimise(opt, sum(weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
         if live: follow(tuned, x)
         curve.append(dict(step=step+1, **{k: v.item() for k,v in terms.items()}))
