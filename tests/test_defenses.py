@@ -12,7 +12,8 @@ from invertune import defenses, identify, invert, tune
 from invertune.defenses import DEFENSES, Clean, defend
 from invertune.identify import start
 from invertune.invert import load_bank, make_bank
-from invertune.model import load_clip, save_clip, tiny_clip
+from invertune.metrics import embed
+from invertune.model import load_clip, pixels, save_clip, tiny_clip
 from invertune.paths import ROOT
 from invertune.runtime import InvertuneError
 
@@ -183,6 +184,18 @@ def test_rounds(received, clean):
     assert not same(state(two), state(one)) and len(report['again']) == 1 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
     distilled, _ = erase(rounds=1, distillation=2)
     assert not same(state(distilled), state(one))
+
+
+def test_the_target_is_its_text_and_its_prototype(received, clean):
+    "A triggered image must come near neither; whoever asks for the text alone gets another model."
+    head, bank = clean.head(received), make_bank([(start('patch', 32), 1.)])
+    near, read = tune.prototypes(received, clean.images, head), embed(received, clean.images) @ head.T
+    assert torch.allclose(near[4], torch.nn.functional.normalize(embed(received, clean.images[read.argmax(1) == 4]).mean(0), dim=0))
+    x, masks = pixels(clean.images[:16], 'cpu'), tune.inspect_layers(received, clean.images, bank[0])['masks']
+    def term(*aims): return tune.tuning_terms(received, received, x, bank[0](x), masks, head, torch.stack(aims), 0.)['embedding'].item()
+    assert term(head[4], near[4]) >= max(term(head[4]), term(near[4])) > 0
+    one, two = (tune.tune(received, clean.images, head, 4, bank, steps=2, moves=0, prototype=p)[0] for p in (True, False))
+    assert not same(state(one), state(two))
 
 
 def test_a_fresh_trigger_is_of_the_same_kind():
