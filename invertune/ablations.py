@@ -31,6 +31,7 @@ PARTS = {
     'no decision term': dict(decision=0.),
     'no preserving term': dict(preserve=0.),
     'triggers that stand still': dict(moves=0),
+    'fresh triggers alone': dict(anew=1.),
     'no distillation': {},
     'statistics as received': dict(live=False)}
 

@@ -424,7 +424,8 @@ def seeds_intervals(
     _dodged(lower, attacked, 'ca', style)
     lower.axhline(table.loc[table['attack'] == 'clean', 'ca'].item(), color='.4', lw=.8, ls=(0, (4, 3)), zorder=0, label='clean model')
     upper.set(ylabel='ASR, %', ylim=(-2, 102))
-    lower.set(ylabel='CA, %', ylim=(None, min(100.5, lower.get_ylim()[1])))
+    low, high = lower.get_ylim()
+    lower.set(ylabel='CA, %', ylim=(max(-.5, low), min(100.5, high)))
     fig.legend(*lower.get_legend_handles_labels(), loc='outside upper center', ncols=6)
     return fig
 

@@ -215,13 +215,16 @@ def prototypes(
 # %% ../nbs/12_tune.ipynb #27d61a59
 def renew(
     trigger, # a `Trigger` of a bank
-    jitter:int, # pixels that a patch may move aside
+    jitter:int, # pixels that a patch may move aside, at most
     gen, # a torch.Generator
+    anew:float=1., # how often, of all calls, from a random start
 ): # another `Trigger`
-    "A trigger of the same kind and strength from another random start."
+    "A trigger of the same kind and strength, from another random start or as it was found."
     free,lo,_ = FREE[trigger.kind]
-    noise = torch.rand(trigger.tensors[free].shape, generator=gen)
-    made = dict(trigger.tensors, **{free: noise if lo == 0 else 2*noise-1})
+    if torch.rand(1, generator=gen) < anew:
+        noise = torch.rand(trigger.tensors[free].shape, generator=gen)
+        made = dict(trigger.tensors, **{free: noise if lo == 0 else 2*noise-1})
+    else: made = {k: v.clone() for k,v in trigger.tensors.items()}
     if trigger.meta['inverted'] == 'patch': made['mask'] = shifted(made['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist())
     return Trigger(trigger.kind, made, **trigger.meta)
 
@@ -258,7 +261,8 @@ def tune(
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
     steps:int=80, lr:float=1e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
-    moves:int=4, size:float=.12, jitter:float=7, # sign steps of each new trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
+    moves:int=4, size:float=.12, jitter:float=7, # sign steps of each step's trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
+    anew:float=.5, # of the triggers, the share from a random start; the others start as they were found
     activation:float=.3, embedding:float=3.5, preserve:float=5., decision:float=4., # weights of the terms
     margin:float=.1, # a cosine; so much nearer to the target a triggered image may come
     prototype:bool=True, # the target is its prototype as well as its text
@@ -279,7 +283,7 @@ def tune(
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
         trigger,goal = triggers[step % len(triggers)], target_loss(heads[step // len(triggers) % len(heads)], index)
-        if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen)
+        if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen, anew)
         for _ in range(moves): move(tuned, x[:bs//2], trigger, goal, size)
         terms = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head, aims, margin)
         optimise(opt, sum(weights[k]*v for k,v in terms.items()), 'tune'); sched.step()

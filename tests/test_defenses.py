@@ -205,6 +205,9 @@ def test_a_fresh_trigger_is_of_the_same_kind():
         new = tune.renew(old, 2, gen)
         assert new.kind == old.kind and new.meta['inverted'] == family and new.tensors.keys() == old.tensors.keys()
         assert any(not torch.equal(new.tensors[k], v) for k, v in old.tensors.items())
+        again = tune.renew(old, 0, gen, anew=0.)
+        assert again.tensors.keys() == old.tensors.keys()
+        for k, v in again.tensors.items(): assert torch.equal(v, old.tensors[k]) and v.data_ptr() != old.tensors[k].data_ptr()  # a copy: sign steps work in place
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 28:, 28:] = 1
     for _ in range(9): assert tune.renew(invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch'), 4, gen).tensors['mask'].sum() == 16
