@@ -8,7 +8,6 @@ __all__ = ['Bank', 'load_bank', 'make_bank', 'inverted_asr', 'nearest_images', '
 
 # %% ../nbs/11_invert.ipynb #a61b5dba
 import torch
-import torch.nn.functional as F
 from dataclasses import dataclass
 from pytorch_msssim import ssim
 from .identify import *
@@ -141,10 +140,9 @@ def around(
 def surely(
     head, # [C,D]
     index:int, # the class wanted
-    temperature:float=.07, # the published one
 ): # embeddings [P,n,D] -> [P]
     "The class's probability, the geometric mean over images."
-    return lambda f: (f @ head.to(f.device).T / temperature).log_softmax(-1)[..., index].mean(1).exp()
+    return lambda f: log_probabilities(f, head)[..., index].mean(1).exp()
 
 def toward(head, index):
     "`target_loss` of embeddings [P,n,D]."

@@ -12,7 +12,7 @@ __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neuro
 import copy, torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from .identify import FREE, move, target_loss
+from .identify import FREE, log_probabilities, move, target_loss
 from .invert import *
 from .metrics import embed
 from .model import *
@@ -194,10 +194,9 @@ def activation_loss(
 def decision_loss(
     f, f0, # embeddings [N,D] of the same images, from the tuned model and from the model as received
     head, # zero-shot head [C,D]
-    temperature:float=.07, # the published one of `target_loss`
 ): # scalar
     "KL divergence of the class probabilities from those of the model as received, mean over images."
-    p,p0 = ((e @ head.T / temperature).log_softmax(1) for e in (f, f0))
+    p,p0 = (log_probabilities(e, head) for e in (f, f0))
     return F.kl_div(p, p0, reduction='batchmean', log_target=True)
 
 # %% ../nbs/12_tune.ipynb #0e5a7c01
