@@ -229,6 +229,25 @@ def test_unknown_names(received, clean):
     with pytest.raises(InvertuneError, match="unknown layer rule 'top4'"): tune.select_layers({'layer1': 1.}, 'top4')
 
 
+def test_what_sags_is_the_class_that_fits_worse(monkeypatch):
+    "Images read as class 1 lie farther from its text; of one image too few nothing is said."
+    cosines = torch.tensor([.9]*3 + [.5]*3 + [.8]*3 + [.1]*2)
+    f = torch.zeros(11, 8).index_put((torch.arange(11), torch.tensor([0]*3 + [1]*3 + [2]*3 + [3]*2)), cosines)
+    f[:, 4] = (1 - cosines**2).sqrt()
+    monkeypatch.setattr(identify, 'embed', lambda clip, images: images)
+    assert identify.sags(None, f, torch.eye(8)[:4]).tolist() == pytest.approx([-.1, .3, 0., 0.])
+
+
+def test_a_sag_decides_between_ways_of_one_length(received, clean, monkeypatch):
+    head = clean.head(received)
+    monkeypatch.setattr(identify, 'shortcut', lambda *args, **kw: -1.)
+    for favoured in (0, 1):
+        monkeypatch.setattr(identify, 'sags', lambda clip, images, head: torch.eye(len(head))[favoured] * .07)
+        found = identify.identify(received, clean.images, head, families=['patch'], steps=1, named=len(head))
+        assert found['index'] == favoured
+        assert [c['score'] for c in found['candidates']] == pytest.approx([c['sag'] - 1 for c in found['candidates']]) and max(c['sag'] for c in found['candidates']) == pytest.approx(1)
+
+
 def test_a_defense_that_diverges(received, clean):
     "An error, not a model."
     head, bank = clean.head(received), make_bank([(start('patch', 32), 1.)])
