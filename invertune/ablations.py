@@ -68,8 +68,8 @@ def identified(
 ): # {rule: class name}
     "The target by our rule, by the published one, by the largest gain of all simulations, without the sag, and without each family."
     gains = torch.stack([torch.tensor(u['adv_share']) - torch.tensor(u['clean_share']) for u in ours['uaps']])
-    best = lambda candidates, score=lambda c: c['score']: max(candidates, key=score)['class']
-    return {'ours': ours['target'], 'published': paper['target'], 'largest gain': classes[gains.max(0).values.argmax()], 'without sag': best(ours['candidates'], lambda c: c['score'] - c['sag']),
+    best = lambda candidates: max(candidates, key=lambda c: c['score'])['class']
+    return {'ours': ours['target'], 'published': paper['target'], 'largest gain': classes[gains.max(0).values.argmax()], 'without sag': best([c | dict(score=c['score'] - c['sag']) for c in ours['candidates']]),
             **{f'without {f}': best([c for c in ours['candidates'] if c['family'] != f]) for f in dict.fromkeys(c['family'] for c in ours['candidates'])}}
 
 # %% ../nbs/23_ablations.ipynb #7c9c3a2d
