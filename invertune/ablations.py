@@ -32,7 +32,8 @@ PARTS = {
     'no preserving term': dict(preserve=0.),
     'triggers that stand still': dict(moves=0),
     'fresh triggers alone': dict(anew=1.),
-    'no distillation': {},
+    'statistics that stand still': dict(live=False),
+    'statistics not absorbed': {},
     'statistics as received': dict(live=False)}
 
 TRIGGERS = {
@@ -45,7 +46,6 @@ TRIGGERS = {
 def ablate(
     name:str, # a key of `PARTS` or of `TRIGGERS`, or 'published tuning'
     clip, # the model under test
-    distilled, # the same after `distill`
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
@@ -57,7 +57,7 @@ def ablate(
     if name == 'published tuning': return tune_paper(clip, images, ours, seed=seed)[0]
     if name not in {**PARTS, **TRIGGERS}: raise InvertuneError(f"unknown ablation '{name}': choose one of {', '.join([*PARTS, *TRIGGERS, 'published tuning'])}")
     bank = TRIGGERS[name](ours, paper) if name in TRIGGERS else ours
-    start = clip if name in ('no distillation','statistics as received') else distilled
+    start = clip if name in ('statistics not absorbed','statistics as received') else absorb(clip, images)
     return clip if bank is None else tune(start, images, head, index, bank, received=clip, seed=seed, **(params | PARTS.get(name, {})))[0]
 
 # %% ../nbs/23_ablations.ipynb #b056b931

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mean_activations', 'layer_impacts', 'select_layers', 'critical_neurons', 'inspect_layers', 'channel_dim',
            'limit_rows', 'published_activation_loss', 'tune_paper', 'optimise', 'report_tuning', 'batch_norms',
-           'follow', 'settle', 'warm_adamw', 'distill', 'activation_loss', 'decision_loss', 'prototypes', 'renew',
+           'follow', 'settle', 'warm_adamw', 'absorb', 'activation_loss', 'decision_loss', 'prototypes', 'renew',
            'shifted', 'tuning_terms', 'tune', 'erase']
 
 # %% ../nbs/12_tune.ipynb #fd053d52
@@ -165,20 +165,26 @@ def warm_adamw(clip, steps, lr, wd):
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: cosine_lr(step, steps, 1., max(1, steps//10)))
 
 # %% ../nbs/12_tune.ipynb #8e8bbfbd
-def distill(
-    clip, # the model as received; a copy is trained
+@torch.no_grad()
+def absorb(
+    clip, # the model as received; a copy is changed
     images, # the defender's clean images, uint8 [N,3,H,W]
-    steps:int=200, lr:float=1e-3, bs:int=64, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
-    seed:int=0, # of the batches
+    bs:int=128, # batch size
 ): # a `Clip`
-    "The same embeddings of clean images, under statistics of clean batches."
-    made,gen = copy.deepcopy(clip), torch.Generator().manual_seed(seed)
-    (opt,sched),f0 = warm_adamw(made, steps, lr, wd), embed(clip, images).to(clip.device)
-    for _ in progress(range(steps), desc='distill', unit='step'):
-        idx = torch.randperm(len(images), generator=gen)[:bs]
-        f = made.train().encode_image(pixels(images[idx], clip.device))
-        optimise(opt, (f - f0[idx.to(f0.device)]).norm(dim=1).mean(), 'distill'); sched.step()
-    settle(made.eval(), images)
+    "The same function of images under BatchNorm's statistics of clean ones: what those change, weight and bias take back."
+    made,sums = copy.deepcopy(clip).eval(), {}
+    def add(m, args):
+        x = args[0].double()
+        for k,v in dict(n=x[:,0].numel(), mean=x.sum((0,2,3)), var=x.pow(2).sum((0,2,3))).items(): sums[m,k] = sums.get((m,k), 0) + v
+    handles = [m.register_forward_pre_hook(add) for m in batch_norms(made)]
+    for part in images.split(bs): made.encode_image(pixels(part, clip.device))
+    for h in handles: h.remove()
+    for m in batch_norms(made):
+        mean,sd = sums[m,'mean'] / sums[m,'n'], (m.running_var.double() + m.eps).sqrt()
+        var = sums[m,'var'] / sums[m,'n'] - mean**2
+        m.bias += m.weight * (mean - m.running_mean) / sd
+        m.weight *= (var + m.eps).sqrt() / sd
+        m.running_mean.copy_(mean); m.running_var.copy_(var)
     return made
 
 # %% ../nbs/12_tune.ipynb #34e0ffdf
@@ -300,14 +306,12 @@ def erase(
     bank, # a `Bank` of inverted triggers
     rounds:int=2, # tunings
     gate:float=.7, # triggers of `bank` with a lower inverted ASR are left out
-    distillation:int=200, # steps of `distill` before the first tuning, for a tower with BatchNorm
     seed:int=0, # of everything
     search={}, # parameters of `invert`; its families are those of `bank` if none are named
     **params, # of `tune`
 ): # (tuned `Clip`, the first round's report with `again`: the inverted ASR and kind of what each later look found)
     "Tune; invert again and tune against all that was found so far; and so on."
-    start = distill(clip, images, distillation, seed=seed) if distillation and batch_norms(clip) else clip
-    tuned,report = tune(start, images, head, index, bank, gate=gate, received=clip, seed=seed, **params)
+    tuned,report = tune(absorb(clip, images), images, head, index, bank, gate=gate, received=clip, seed=seed, **params)
     search = dict(families=tuple(k for k in dict.fromkeys(bank.kind) if k != 'patch')) | search
     report['again'],known = [], bank.above(gate)
     for r in range(1, rounds):

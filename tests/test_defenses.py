@@ -20,7 +20,7 @@ from invertune.runtime import InvertuneError
 SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),
          'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
          'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)),
-                           tune=dict(distillation=3, steps=3, gate=0., search=dict(steps=2, stride=56, families=('warp',))))}
+                           tune=dict(steps=3, gate=0., search=dict(steps=2, stride=56, families=('warp',))))}
 
 
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
@@ -89,11 +89,26 @@ def test_ours_takes_the_statistics_of_clean_images(defended, clean):
 
 
 def test_a_tower_without_batchnorm(clean):
-    "Nothing to distill, nothing to follow; it is tuned all the same."
+    "Nothing to absorb, nothing to follow; it is tuned all the same."
     vit = tiny_clip('vit', width=4, layers=(1, 1), image_size=32, text_width=32, text_layers=1, embed_dim=32, context=8)
     bank = make_bank([(start('patch', 32), 1.)])
-    made = [tune.erase(vit, clean.images, clean.head(vit), 4, bank, rounds=1, steps=2, distillation=n)[0] for n in (0, 50)]
-    assert not tune.batch_norms(vit) and same(*map(state, made)) and not same(state(made[0]), state(vit))
+    tuned, _ = tune.erase(vit, clean.images, clean.head(vit), 4, bank, rounds=1, steps=2)
+    assert not tune.batch_norms(vit) and same(state(tune.absorb(vit, clean.images)), state(vit)) and not same(state(tuned), state(vit))
+
+
+def test_absorbing_changes_statistics_and_no_function(received, clean):
+    "Statistics become those of the clean images; every image, of any kind, is embedded as before, and the received model stays as it is."
+    before, noise = state(received), torch.randint(256, (16, *clean.images.shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = tune.absorb(received, clean.images)
+    for images in (clean.images, noise): assert torch.allclose(embed(made, images), embed(received, images), atol=1e-5)
+    assert same(state(received), before)
+    first, seen = tune.batch_norms(made)[0], []
+    handle = first.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad(): made.encode_image(pixels(clean.images, 'cpu'))
+    handle.remove()
+    x = seen[0].transpose(0, 1).flatten(1)
+    assert torch.allclose(first.running_mean, x.mean(1), atol=1e-5) and torch.allclose(first.running_var, x.var(1, correction=0), rtol=1e-3)
+    assert not any(torch.allclose(a.running_mean, b.running_mean) for a, b in zip(tune.batch_norms(made), tune.batch_norms(received)))
 
 
 def test_only_critical_rows_of_the_selected_layers_move(received, clean):
@@ -177,13 +192,11 @@ def test_rounds(received, clean):
     head, search = clean.head(received), dict(steps=1, stride=112, families=())
     bank = make_bank([(start('patch', 32), 1.)])
     def erase(**kw): return tune.erase(received, clean.images, head, 4, bank, steps=2, search=search, **kw)
-    once, _ = tune.tune(received, clean.images, head, 4, bank, steps=2)
-    one, report = erase(rounds=1, distillation=0)
+    once, _ = tune.tune(tune.absorb(received, clean.images), clean.images, head, 4, bank, received=received, steps=2)
+    one, report = erase(rounds=1)
     assert same(state(one), state(once)) and not report['again'] and len(report['curve']) == 2
-    two, report = erase(rounds=2, distillation=0)
+    two, report = erase(rounds=2)
     assert not same(state(two), state(one)) and len(report['again']) == 1 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
-    distilled, _ = erase(rounds=1, distillation=2)
-    assert not same(state(distilled), state(one))
 
 
 def test_the_target_is_its_text_and_its_prototype(received, clean):
