@@ -32,6 +32,7 @@ PARTS = {
     'no preserving term': dict(preserve=0.),
     'triggers that stand still': dict(moves=0),
     'fresh triggers alone': dict(anew=1.),
+    'fresh triggers where found': dict(wander=7),
     'statistics that stand still': dict(live=False),
     'statistics not absorbed': {},
     'statistics as received': dict(live=False)}

@@ -220,17 +220,17 @@ def prototypes(
 # %% ../nbs/12_tune.ipynb #27d61a59
 def renew(
     trigger, # a `Trigger` of a bank
-    jitter:int, # pixels that a patch may move aside, at most
+    jitter:int, wander:int, # pixels that a patch may move aside, at most: as it was found, and from a random start
     gen, # a torch.Generator
     anew:float=1., # how often, of all calls, from a random start
 ): # another `Trigger`
     "A trigger of the same kind and strength, from another random start or as it was found."
     free,lo,_ = FREE[trigger.kind]
     if torch.rand(1, generator=gen) < anew:
-        noise = torch.rand(trigger.tensors[free].shape, generator=gen)
+        noise,most = torch.rand(trigger.tensors[free].shape, generator=gen), wander
         made = dict(trigger.tensors, **{free: noise if lo == 0 else 2*noise-1})
-    else: made = {k: v.clone() for k,v in trigger.tensors.items()}
-    if trigger.meta['inverted'] == 'patch': made['mask'] = shifted(made['mask'], *torch.randint(-jitter, jitter+1, (2,), generator=gen).tolist())
+    else: made,most = {k: v.clone() for k,v in trigger.tensors.items()}, jitter
+    if trigger.meta['inverted'] == 'patch': made['mask'] = shifted(made['mask'], *torch.randint(-most, most+1, (2,), generator=gen).tolist())
     return Trigger(trigger.kind, made, **trigger.meta)
 
 def shifted(
@@ -266,7 +266,8 @@ def tune(
     index:int, # the identified target
     bank, # a `Bank` of inverted triggers
     steps:int=80, lr:float=1e-3, bs:int=48, wd:float=1e-4, # AdamW, a tenth of the steps to warm up, cosine to zero
-    moves:int=4, size:float=.12, jitter:float=7, # sign steps of each step's trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range; pixels aside at 224
+    moves:int=4, size:float=.12, # sign steps of each step's trigger, on half of the batch (0: those of the bank stand still); their size as a share of the range
+    jitter:float=7, wander:float=56, # pixels that a patch may be aside, at 224: as it was found, and from a random start
     anew:float=.5, # of the triggers, the share from a random start; the others start as they were found
     activation:float=.3, embedding:float=3.5, preserve:float=5., decision:float=4., # weights of the terms
     margin:float=.1, # a cosine; so much nearer to the target a triggered image may come
@@ -288,7 +289,7 @@ def tune(
     for step in progress(range(steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:bs]], clip.device)
         trigger,goal = triggers[step % len(triggers)], target_loss(heads[step // len(triggers) % len(heads)], index)
-        if moves: trigger = renew(trigger, scaled(jitter, x.shape[-1]), gen, anew)
+        if moves: trigger = renew(trigger, *(scaled(most, x.shape[-1]) for most in (jitter, wander)), gen, anew)
         for _ in range(moves): move(tuned, x[:bs//2], trigger, goal, size)
         terms = tuning_terms(tuned, f0, x, trigger(x), found['masks'], head, aims, margin)
         optimise(opt, sum(weights[k]*v for k,v in terms.items()), 'tune'); sched.step()

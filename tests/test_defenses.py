@@ -215,15 +215,19 @@ def test_a_fresh_trigger_is_of_the_same_kind():
     gen = torch.Generator().manual_seed(0)
     for family in identify.FAMILIES:
         old = start(family, 32, seed=1)
-        new = tune.renew(old, 2, gen)
+        new = tune.renew(old, 2, 2, gen)
         assert new.kind == old.kind and new.meta['inverted'] == family and new.tensors.keys() == old.tensors.keys()
         assert any(not torch.equal(new.tensors[k], v) for k, v in old.tensors.items())
-        again = tune.renew(old, 0, gen, anew=0.)
+        again = tune.renew(old, 0, 9, gen, anew=0.)
         assert again.tensors.keys() == old.tensors.keys()
         for k, v in again.tensors.items(): assert torch.equal(v, old.tensors[k]) and v.data_ptr() != old.tensors[k].data_ptr()  # a copy: sign steps work in place
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 28:, 28:] = 1
-    for _ in range(9): assert tune.renew(invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch'), 4, gen).tensors['mask'].sum() == 16
+    patch = invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch')
+    def aside(anew): return {tuple(tune.renew(patch, 2, 16, gen, anew).tensors['mask'][0, 0].nonzero().min(0).values.tolist()) for _ in range(60)}
+    near, far = aside(0.), aside(1.)
+    assert near == {(y, x) for y in (26, 27, 28) for x in (26, 27, 28)} and 12 <= min(min(far)) < 20 and max(max(far)) == 28
+    for _ in range(9): assert tune.renew(patch, 4, 16, gen).tensors['mask'].sum() == 16
 
 
 def test_places_near_the_best():
