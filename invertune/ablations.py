@@ -47,6 +47,7 @@ TRIGGERS = {
 def ablate(
     name:str, # a key of `PARTS` or of `TRIGGERS`, or 'published tuning'
     clip, # the model under test
+    absorbed, # the same after `absorb`
     images, # the defender's clean images, uint8 [N,3,H,W]
     head, # zero-shot head [C,D]
     index:int, # the identified target
@@ -58,7 +59,7 @@ def ablate(
     if name == 'published tuning': return tune_paper(clip, images, ours, seed=seed)[0]
     if name not in {**PARTS, **TRIGGERS}: raise InvertuneError(f"unknown ablation '{name}': choose one of {', '.join([*PARTS, *TRIGGERS, 'published tuning'])}")
     bank = TRIGGERS[name](ours, paper) if name in TRIGGERS else ours
-    start = clip if name in ('statistics not absorbed','statistics as received') else absorb(clip, images)
+    start = clip if name in ('statistics not absorbed','statistics as received') else absorbed
     return clip if bank is None else tune(start, images, head, index, bank, received=clip, seed=seed, **(params | PARTS.get(name, {})))[0]
 
 # %% ../nbs/23_ablations.ipynb #b056b931
