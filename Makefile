@@ -5,7 +5,7 @@
 # make ablations  what each part of the method is worth, and how few clean images are enough
 # make domains  the defense with photographs for a model of pictograms, or the reverse (INVERTUNE_PHOTOS names the photographs)
 # make verdict  backdoored or not: a zoo of small models, and how often the verdict is right about them
-# make check   is the main table within its tolerance of the committed one?
+# make check   do the rows of the main table, and their order, hold against the committed one?
 # make test    everything that can be checked in half an hour
 # make bench   how fast, as ratios to one plain pass of the model; a minute on a quiet machine
 # make lab     JupyterLab on the notebooks

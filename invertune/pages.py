@@ -78,25 +78,26 @@ def cost_of(
 def made_by(
     profile: str,  # such as 'glyphs'
     *stages: str,  # names of stages; those of the main job if none is given
-)->str:            # 'this code', or what has changed since: files, and stages that have run again
+)->str:            # 'this code', or what is no longer the same: files, and stages that have run again and given something else
     "Were the committed results, and all that they rest on, made with the code as it stands?"
     lock = ROOT/'dvc.lock'
     locked = yaml.safe_load(lock.read_text(encoding='utf-8'))['stages'] if lock.exists() else {}
     outs = {o['path']: (n, o['md5']) for n, s in locked.items() for o in s.get('outs', [])}
     todo = [n for n in locked if kind(n) in (stages or MAIN) and f"{n.split('@')[-1]}-".startswith(f'{profile}-')]
     if not todo: return '?'
-    seen, changed = set(), set()
+    seen, changed, again = set(), set(), set()
     while todo:
         seen.add(name := todo.pop())
         for dep in locked[name]['deps']:
             file = ROOT/dep['path']
             if dep['path'] in outs:
                 maker, md5 = outs[dep['path']]
-                if md5 != dep['md5']: changed.add(kind(maker))
+                if md5 != dep['md5']: again.add(kind(maker))
                 if maker not in seen: todo.append(maker)
             elif dep['path'].startswith(('invertune/', 'nbs/')) and not (file.exists() and hashlib.md5(file.read_bytes()).hexdigest() == dep['md5']):
                 changed.add(file.name)
-    return f"an earlier {', '.join(f'`{c}`' for c in sorted(changed))}" if changed else 'this code'
+    told = ', '.join(f'`{c}`' for c in sorted(changed | again))
+    return f'an earlier {told}' if changed else f'this code, from an earlier run of {told}' if again else 'this code'
 
 # %% ../nbs/18_pages.ipynb #b257d422
 def markdown_table(

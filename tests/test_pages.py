@@ -17,8 +17,11 @@ def test_results_of_an_earlier_code_are_named(tmp_path, monkeypatch):
     lock = lambda: (tmp_path/'dvc.lock').write_text(yaml.safe_dump(dict(stages=stages)))
     lock()
     assert pages.made_by('toy', 'report') == 'this code' and pages.made_by('other', 'report') == '?'
-    code.write_text('x = 2')
-    assert pages.made_by('toy', 'report') == 'an earlier `a.py`'
     stages['report@toy'] = dict(deps=[dict(model, md5='0')])
     lock()
+    assert pages.made_by('toy', 'report') == 'this code, from an earlier run of `train`'
+    code.write_text('x = 2')
     assert pages.made_by('toy', 'report') == 'an earlier `a.py`, `train`'
+    stages['report@toy'] = dict(deps=[model])
+    lock()
+    assert pages.made_by('toy', 'report') == 'an earlier `a.py`'

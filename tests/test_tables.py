@@ -153,12 +153,23 @@ def test_summary_needs_the_undefended_model():
     with pytest.raises(InvertuneError, match="'none' is missing for sig"): summary_table(main_table(ROWS[:3] + ROWS[4:]))
 
 
-def test_check_says_which_cells_differ(evaluated, monkeypatch, capsys):
-    table = main_table(ROWS)
-    write_table(table, evaluated/'toy/main_table')
-    monkeypatch.setattr(tables, 'committed_table', lambda *args: table.assign(asr=table['asr'] - 10))
-    assert tables.main(['check', '--profile', 'toy']) == 1 and 'differs from HEAD in 4 cells' in capsys.readouterr().out
-    assert tables.main(['check', '--profile', 'toy', '--asr', '11']) == 0 and 'agrees with HEAD' in capsys.readouterr().out
+def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, capsys):
+    table = main_table(ROWS + [row('badnet', 'ft', asr=.4), row('sig', 'ft', asr=.2)])
+    ft = table['defense'] == 'ft'
+    def said(rerun, *words):
+        write_table(rerun, evaluated/'toy/main_table')
+        return tables.main(['check', '--profile', 'toy', *words]), capsys.readouterr().out
+    monkeypatch.setattr(tables, 'committed_table', lambda *args: table)
+    moved = table.assign(asr=(table['asr'] - 10).where(~ft, table['asr']))
+    status, text = said(moved)
+    assert status == 1 and 'differs from HEAD in cells (4) of none and invertune' in text and '| ft |' not in text
+    status, text = said(moved, '--asr', '11')
+    assert status == 0 and 'agrees with HEAD in every cell of none and invertune' in text
+    status, text = said(table.assign(asr=(table['asr'] - 15).where(ft, table['asr'])))
+    assert status == 0 and text.count('| ft |') == 2 and 'not counted' in text            # 25 and 5 %, still above 1 and 3 %
+    status, text = said(table.assign(asr=table['asr'].where(~ft, 0.)))
+    assert status == 1 and 'leaves less of the backdoors than ft; here it does not' in text
+    assert said(table[~ft])[0] == 1                                                       # rows that are gone
 
 
 def test_the_command_is_one_sentence_where_nothing_was_committed():
