@@ -12,7 +12,7 @@ import pandas as pd
 from .figures import WIDTH, figure, looks
 from .model import *
 from .runtime import InvertuneError, progress
-from .tables import DEFENSE_ORDER, rank
+from .tables import DEFENSE_ORDER, rank, student_half
 from .train import *
 
 # %% ../nbs/20_durability.ipynb #7c6e75be
@@ -52,23 +52,29 @@ def durability(
 
 # %% ../nbs/20_durability.ipynb #9367bbb8
 def durability_table(
-    rows, # [dict(attack, defense, lr, pairs, curve)]
-): # a DataFrame, percent, one row a curve
-    "Delivered, worst and mean ASR of every curve."
+    rows, # [dict(attack, defense, lr, pairs, seed, curve)], at least two seeds
+): # a DataFrame, percent, one row for all seeds of a model
+    "Delivered, worst and mean ASR of every model, means over the seeds."
     rows = sorted(rows, key=lambda r: (-r['lr'], r['pairs'], rank(r['attack'], r['defense'])))
-    return pd.DataFrame([{k: r[k] for k in ('attack','defense')} | dict(lr=f"{r['lr']:g}", pairs=r['pairs']) | {k: 100*v for k,v in durability(r['curve']).items()} for r in rows])
+    each = pd.DataFrame([dict(attack=r['attack'], defense=r['defense'], lr=f"{r['lr']:g}", pairs=r['pairs']) | {k: 100*v for k,v in durability(r['curve']).items()} for r in rows])
+    groups = each.groupby(['attack','defense','lr','pairs'], sort=False)
+    table,worst = groups.mean(),groups['asr_worst']
+    table.insert(0, 'seeds', worst.size())
+    table.insert(table.columns.get_loc('asr_worst') + 1, 'asr_ci95', worst.agg(student_half))
+    return table.reset_index()
 
 @figure
 def durability_curves(
     rows, # as for `durability_table`
 ): # figure: a panel for each setting, a line for each defense
-    "ASR over the steps: the mean over attacks as a line, the worst attack as the top of a band."
+    "ASR over the steps, means over the seeds: the mean over attacks as a line, the worst attack as the top of a band."
     settings = sorted({(r['lr'], r['pairs']) for r in rows}, key=lambda s: (-s[0], s[1]))
     style,step = looks(dict.fromkeys(r['defense'] for r in rows), DEFENSE_ORDER), [p['step'] for p in rows[0]['curve']]
     fig,axs = plt.subplots(1, len(settings), figsize=(WIDTH, 2.4), sharey=True, squeeze=False)
     for ax,setting in zip(axs[0], settings):
         for name,(color,marker,dash) in style.items():
-            asr = 100*torch.tensor([[p['asr'] for p in r['curve']] for r in rows if (r['lr'],r['pairs']) == setting and r['defense'] == name])
+            mine = [r for r in rows if (r['lr'],r['pairs']) == setting and r['defense'] == name]
+            asr = 100*torch.stack([torch.tensor([[p['asr'] for p in r['curve']] for r in mine if r['attack'] == a]).mean(0) for a in dict.fromkeys(r['attack'] for r in mine)])
             ax.plot(step, asr.mean(0), color=color, marker=marker, ls=dash, ms=3, label=name)
             ax.fill_between(step, asr.mean(0), asr.max(0).values, color=color, alpha=.12, lw=0)
         ax.set(xscale='symlog', xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102), xlim=(0, step[-1]))

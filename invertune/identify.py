@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'FAMILIES', 'SIMULATIONS', 'TEMPERATURE', 'corner_mask', 'start', 'move', 'descend', 'halves', 'grid',
            'place_masks', 'under', 'scan_places', 'rank_places', 'search_places', 'alikeness', 'apart', 'best_patch',
            'begin', 'make_uap', 'shares', 'class_shares', 'simulate', 'gain', 'identify_paper', 'log_probabilities',
-           'target_loss', 'shortcut', 'sags', 'identify']
+           'target_loss', 'shortcut', 'sags', 'beyond_chance', 'identify']
 
 # %% ../nbs/10_identify.ipynb #274d1b3c
 import copy, math, torch
@@ -284,6 +284,13 @@ def sags(
     fits = torch.stack([cos[read == c].mean() if (read == c).sum() >= least else cos.new_tensor(math.nan) for c in range(len(head))])
     return (fits.nanquantile(.5) - fits).nan_to_num(0.)
 
+# %% ../nbs/10_identify.ipynb #5a651f06
+def beyond_chance(
+    sag, # of each class [C], as `sags` gives it
+): # the same [C], at least 0
+    "What of each sag is more than the largest one the other way."
+    return (sag + sag.min().clamp(max=0)).clamp(min=0)
+
 # %% ../nbs/10_identify.ipynb #42abcae4
 def identify(
     clip, # the model under test
@@ -299,7 +306,7 @@ def identify(
     uaps = [simulate(clip, images, head, t, steps, seed) for t in starts.values()]
     asked = [(u['kind'], c) for u in uaps for c in gain(u).topk(min(named, len(head))).indices.tolist()]
     ways = torch.tensor([shortcut(clip, images, head, c, starts[f], seed=seed) for f,c in asked])
-    sag = sags(clip, images, head)[[c for _,c in asked]] / TEMPERATURE
+    sag = beyond_chance(sags(clip, images, head))[[c for _,c in asked]] / TEMPERATURE
     scores = ways + sag
     family,index = asked[scores.argmax()]
     prob = torch.zeros(len(head)).index_add(0, torch.tensor([c for _,c in asked]), scores.softmax(0))

@@ -173,9 +173,11 @@ def absorb(
 ): # a `Clip`
     "The same function of images under BatchNorm's statistics of clean ones: what those change, weight and bias take back."
     made,sums = copy.deepcopy(clip).eval(), {}
+    if not batch_norms(made): return made
     def add(m, args):
-        x = args[0].double()
-        for k,v in dict(n=x[:,0].numel(), mean=x.sum((0,2,3)), var=x.pow(2).sum((0,2,3))).items(): sums[m,k] = sums.get((m,k), 0) + v
+        x, = args
+        total = lambda t: t.sum((0,2,3), dtype=torch.float64)
+        for k,v in dict(n=x[:,0].numel(), mean=total(x), var=total(x.pow(2))).items(): sums[m,k] = sums.get((m,k), 0) + v
     handles = [m.register_forward_pre_hook(add) for m in batch_norms(made)]
     for part in images.split(bs): made.encode_image(pixels(part, clip.device))
     for h in handles: h.remove()
@@ -226,10 +228,10 @@ def renew(
 ): # another `Trigger`
     "A trigger of the same kind and strength, from another random start or as it was found."
     free,lo,_ = FREE[trigger.kind]
+    made,most = dict(trigger.tensors), jitter
     if torch.rand(1, generator=gen) < anew:
-        noise,most = torch.rand(trigger.tensors[free].shape, generator=gen), wander
-        made = dict(trigger.tensors, **{free: noise if lo == 0 else 2*noise-1})
-    else: made,most = {k: v.clone() for k,v in trigger.tensors.items()}, jitter
+        noise,most = torch.rand(made[free].shape, generator=gen), wander
+        made[free] = noise if lo == 0 else 2*noise-1
     if trigger.meta['inverted'] == 'patch': made['mask'] = shifted(made['mask'], *torch.randint(-most, most+1, (2,), generator=gen).tolist())
     return Trigger(trigger.kind, made, **trigger.meta)
 

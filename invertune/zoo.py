@@ -23,6 +23,7 @@ from .model import *
 from .paths import CACHE, RESULTS
 from .pictograms import COLORS, PICTOGRAMS, TEXTURES, Row, contact_sheet, draw, readable
 from .runtime import InvertuneError, load_json, save_json
+from .tables import wilson
 from .train import *
 from .triggers import scaled
 
@@ -269,6 +270,8 @@ def verdict_sentences(
     file = RESULTS/profile/'verdict'/'verdict.json'
     if not file.exists(): return ''
     s = load_json(file)['summary']
+    (_,alarms),(detected,_) = wilson(s['false_alarms'], s['models'] - s['backdoored']),wilson(s['detected'], s['backdoored'])
     return (f"On {s['models']} held-out models, {s['backdoored']} of them backdoored, AUROC is {s['auroc']:.3f} (95 % interval {s['auroc_low']:.3f} to {s['auroc_high']:.3f}); "
             f"{s['false_alarms']:.1%} of the clean ones are taken for backdoored, {s['detected']:.1%} of the backdoored ones are detected, and of these {s['target']:.1%} with the right label. "
-            f"The gated defense takes at most {100*s['drop_worst']:.1f} points of CA from a clean one.")
+            f"The gated defense takes at most {100*s['drop_worst']:.1f} points of CA from a clean one. "
+            f"{s['models'] - s['backdoored']} clean models and {s['backdoored']} backdoored ones leave room (Wilson, 95 %) for false alarms up to {alarms:.0%} and for as few as {detected:.0%} detected.")
