@@ -211,7 +211,7 @@ def test_the_target_is_its_text_and_its_prototype(received, clean):
     assert not same(state(one), state(two))
 
 
-def test_a_fresh_trigger_is_of_the_same_kind():
+def test_a_fresh_trigger_is_of_the_same_kind(received, clean):
     gen = torch.Generator().manual_seed(0)
     for family in identify.FAMILIES:
         old = start(family, 32, seed=1)
@@ -221,6 +221,9 @@ def test_a_fresh_trigger_is_of_the_same_kind():
         again = tune.renew(old, 0, 9, gen, anew=0.)
         assert again.tensors.keys() == old.tensors.keys() and again.tensors is not old.tensors  # a sign step puts a tensor in the place of another
         for k, v in again.tensors.items(): assert torch.equal(v, old.tensors[k])
+        kept = {k: v.clone() for k, v in old.tensors.items()}
+        identify.move(received, pixels(clean.images[:4], 'cpu'), again, lambda f: f.sum(), .1)
+        assert any(not torch.equal(again.tensors[k], v) for k, v in kept.items()) and all(torch.equal(old.tensors[k], v) for k, v in kept.items())  # the bank's own stands still
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 28:, 28:] = 1
     patch = invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch')
