@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'switched', 'switch_profile', 'read_plan', 'spread', 'stale_stages', 'ready', 'default_jobs', 'check_jobs',
            'Job', 'start', 'stop', 'only_one', 'is_locked', 'reason', 'kind', 'expected_seconds', 'seconds_left',
-           'load_costs', 'clock', 'headline', 'Screen', 'Run', 'publish_costs', 'confirm', 'show_results',
-           'run_pipeline', 'main']
+           'most_urgent_first', 'load_costs', 'clock', 'headline', 'Screen', 'Run', 'publish_costs', 'confirm',
+           'show_results', 'run_pipeline', 'main']
 
 # %% ../nbs/17_pipeline.ipynb #bd908515
 import argparse, fcntl, os, re, shutil, signal, subprocess, sys, time
@@ -88,9 +88,9 @@ def stale_stages(
 # %% ../nbs/17_pipeline.ipynb #9813490b
 def ready(
     plan: dict[str, set[str]],  # stage -> what it waits for
-    waiting: list[str],         # stages that have not been started, in the plan's order
+    waiting: list[str],         # stages that have not been started, the most urgent first
     running: set[str],          # stages under way
-)->list[str]:                   # stages that can start now
+)->list[str]:                   # stages that can start now, the most urgent first
     "A stage can start when nothing above it is waiting or running."
     return [name for name in waiting if not plan[name] & (set(waiting) | running)]
 
@@ -257,6 +257,17 @@ def seconds_left(
     total = sum(expected_seconds(n, costs) for n in waiting) + sum(under_way)
     return max([total/jobs, *under_way])
 
+# %% ../nbs/17_pipeline.ipynb #8b3f92d1
+def most_urgent_first(
+    plan: dict[str, set[str]],  # stage -> what it waits for, ancestors first
+    waiting: list[str],         # stages that may have to run, in the plan's order
+    costs: dict,                # stage -> {'seconds': ...}
+)->list[str]:                   # the same stages; in the plan's order where nothing is known
+    "By the seconds from a stage's start to the end of the longest chain below it."
+    way = {}
+    for name in reversed(plan): way[name] = (expected_seconds(name, costs) or 0) + max((way[n] for n in plan if name in plan[n]), default=0)
+    return sorted(waiting, key=way.get, reverse=True)
+
 # %% ../nbs/17_pipeline.ipynb #57b53c29
 def _costs_file(profile): return CACHE/'costs'/f'{profile}.json'
 
@@ -323,9 +334,10 @@ class Run:
         waiting: list[str], # stages that may have to run
         jobs: int,          # how many side by side
         profile: str):      # for the costs
-        self.plan, self.waiting, self.jobs, self.profile = plan, list(waiting), jobs, profile
+        self.plan, self.jobs, self.profile = plan, jobs, profile
         self.running, self.failures, self.retries, self.begun = {}, [], {}, time.time()
         self.costs, self.new_costs, self.screen = load_costs(profile), {}, Screen()
+        self.waiting = most_urgent_first(plan, waiting, self.costs)
 
     def go(self)->None:
         "Run until everything is done or something failed."
