@@ -47,8 +47,10 @@ def test_readme_equals_front_page():
 
 
 def test_every_notebook_has_a_page(tmp_path):
-    "`make docs` renders all of them, and the list of contents links each."
+    "`make docs` renders all of them, the front page run and without its code, and the list of contents links each."
     index = build_docs(tmp_path/'docs').read_text()
+    front = (tmp_path/'docs'/'front.html').read_text()
     pages = {p.name for p in (tmp_path/'docs').glob('*.html')} - {'index.html'}
     books = [*(ROOT/'nbs').glob('[0-9]*.ipynb'), *(ROOT/'nbs'/'pipeline').glob('[0-9]*.ipynb')]
     assert len(pages) >= len(books) and all(f'href="{p}"' in index for p in pages)
+    assert '>invertune-paper</td>' in front and 'def told' not in front # its tables, and not the code that reads them
