@@ -25,31 +25,31 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 .PHONY: repro seeds durability harder ablations domains verdict check test bench lab docs readme prepare outputs clean
 
 repro: $(READY)
-	@$(BIN)/python -m invertune.pipeline $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler $(if $(PROFILE),--profile $(PROFILE))
 
 # What takes longer than the main job: every attack and defense again for each of the other seeds in params.yaml.
 seeds: $(READY)
-	@$(BIN)/python -m invertune.pipeline seeds $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler seeds $(if $(PROFILE),--profile $(PROFILE))
 
 # Does a removed backdoor come back when the model is fine-tuned on clean pairs?
 durability: $(READY)
-	@$(BIN)/python -m invertune.pipeline durability $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler durability $(if $(PROFILE),--profile $(PROFILE))
 
 # What do the defenses make of backdoors that they were not made for?
 harder: $(READY)
-	@$(BIN)/python -m invertune.pipeline structured $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler structured $(if $(PROFILE),--profile $(PROFILE))
 
 # The defense without each of its parts, and with fewer clean images.
 ablations: $(READY)
-	@$(BIN)/python -m invertune.pipeline ablations $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler ablations $(if $(PROFILE),--profile $(PROFILE))
 
 # The defense with images of another domain than the victim's.
 domains: $(READY)
-	@$(BIN)/python -m invertune.pipeline domains $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler domains $(if $(PROFILE),--profile $(PROFILE))
 
 # Is there a backdoor at all? Models of other towers, classes and seeds, half of them held out.
 verdict: $(READY)
-	@$(BIN)/python -m invertune.pipeline verdict $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.run.scheduler verdict $(if $(PROFILE),--profile $(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py
@@ -58,7 +58,7 @@ $(READY): settings.ini constraints.txt setup.py
 	@touch $@
 
 check: $(READY)
-	@$(BIN)/python -m invertune.tables check $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m invertune.lab.tables check $(if $(PROFILE),--profile $(PROFILE))
 
 test: $(READY)
 	@echo '== 1/5 modules, notebooks and README belong together'
@@ -66,7 +66,7 @@ test: $(READY)
 	@echo '== 2/5 library notebooks'
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs --skip_folder_re '^(pipeline|[.])'
 	@echo '== 3/5 stage notebooks, with their own small defaults, one after the other'
-	@$(BIN)/nbdev_test --n_workers 0 --do_print --path nbs/pipeline
+	@$(BIN)/nbdev_test --n_workers 0 --do_print --path nbs/stages
 	@echo '== 4/5 tests'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/test_sync.py --ignore tests/test_smoke.py
 	@echo '== 5/5 the smoke pipeline, twice'
@@ -74,16 +74,16 @@ test: $(READY)
 	@echo '== all passed'
 
 bench: $(READY)
-	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m invertune.benchmark
+	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m invertune.lab.speed
 
 lab: $(READY)
 	$(BIN)/jupyter lab $$(test $$(id -u) -ne 0 || echo --allow-root) nbs
 
 docs: $(READY)
-	@$(BIN)/python -m invertune.pages docs
+	@$(BIN)/python -m invertune.run.pages docs
 
 readme: $(READY)
-	@$(BIN)/python -m invertune.pages readme
+	@$(BIN)/python -m invertune.run.pages readme
 
 prepare: $(READY)
 	$(BIN)/nbdev_export

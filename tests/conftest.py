@@ -17,7 +17,7 @@ profiles:
 DECLARED = "profile = 'smoke'\nseed = 0\nattack = 'badnet'\nepochs = 1\nlr = 1.0e-3\nfail = ''\n"
 CHECK = '''from invertune.paths import result_dir
 from invertune.runtime import InvertuneError, progress, save_json
-from invertune.stages import check_parameters
+from invertune.run.stages import check_parameters
 check_parameters(globals(), In, profile=str, seed=int, attack=['badnet', 'sig'], epochs=int, lr=float, fail=str)'''
 WORK = '''if fail == 'sentence': raise InvertuneError('The attack did not take.')
 if fail == 'defect': 1/0

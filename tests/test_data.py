@@ -9,7 +9,7 @@ from PIL import Image
 
 from invertune import data, pictograms
 from invertune.data import SETS, Dataset, Split, assert_disjoint, balanced, load_dataset, make_manifests, photo_dataset, pictogram_dataset, set_hash
-from invertune.paths import DATA, ROOT
+from invertune.lab.profiles import DATA, ROOT
 from invertune.runtime import InvertuneError
 
 SMOKE_EVALUATION = '93d8ae4b65dcd8d407b9c87087a553b0d4415c9f9bf1877a2819fff73390fd4f'  # of the 320 images of the smoke profile

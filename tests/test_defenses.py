@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from invertune import defenses, identify, invert, tune
-from invertune.defenses import DEFENSES, Clean, defend
+from invertune.defenses import DEFENSES, defend
+from invertune.defender import Clean
 from invertune.identify import start
 from invertune.invert import load_bank, make_bank
 from invertune.metrics import embed
 from invertune.model import load_clip, pixels, save_clip, tiny_clip
-from invertune.paths import ROOT
+from invertune.lab.profiles import ROOT
 from invertune.runtime import InvertuneError
 
 SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from invertune import figures
-from invertune.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, identification, read_record, save_figure
+from invertune.lab.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, identification, read_record, save_figure
 from invertune.invert import make_bank
 from invertune.runtime import InvertuneError, save_json
 from invertune.triggers import Trigger

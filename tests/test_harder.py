@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-import invertune.harder as harder
+import invertune.lab.unseen as harder
 from invertune.attacks import ATTACKS, Setup, demo_split
-from invertune.harder import HARDER, harder_table, plant, rounds, split_halves, vit_victim
+from invertune.lab.unseen import HARDER, harder_table, plant, rounds, split_halves, vit_victim
 from invertune.model import pixels
 from invertune.runtime import InvertuneError
 from invertune.triggers import (blended_stripes_trigger, load_trigger, patch_trigger, text_trigger, triangles_trigger, word_mask)

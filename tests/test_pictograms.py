@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from invertune import pictograms
-from invertune.paths import DATA
-from invertune.pictograms import COLORS, PICTOGRAMS, TEXTURES, Row, draw, glyph_mask, read_manifest, readable, write_manifest
+from invertune.lab.profiles import DATA
+from invertune.glyphs import COLORS, PICTOGRAMS, TEXTURES, Row, draw, glyph_mask, read_manifest, readable, write_manifest
 from invertune.runtime import InvertuneError
 
 KNOWN = [  # a row each of textures, sizes and classes, with the hash of its pixels at 64 and at 32

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from invertune.paths import ROOT
+from invertune.lab.profiles import ROOT
 
 ATTACK = 'badnet'
 
@@ -33,7 +33,7 @@ def run_smoke(root):
     "Run the pipeline of a copy; its progress is shown."
     env = {k: v for k, v in os.environ.items() if not k.startswith('INVERTUNE')}
     env['PATH'] = os.path.dirname(sys.executable) + os.pathsep + env['PATH']
-    subprocess.run([sys.executable, '-m', 'invertune.pipeline'], cwd=copy_checkout(root), check=True, env=env)
+    subprocess.run([sys.executable, '-m', 'invertune.run.scheduler'], cwd=copy_checkout(root), check=True, env=env)
     return root/'results'/'smoke'
 
 

@@ -6,9 +6,9 @@ import nbformat
 import papermill
 import pytest
 
-from invertune.paths import NBS, ROOT
+from invertune.lab.profiles import NBS, ROOT
 from invertune.runtime import InvertuneError
-from invertune.stages import load_params
+from invertune.lab.profiles import load_params
 
 STAGE_NOTEBOOKS = sorted((NBS/'pipeline').glob('[0-9]*.ipynb'))
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from invertune.pages import build_docs, readme_text
-from invertune.paths import ROOT
+from invertune.run.pages import build_docs, readme_text
+from invertune.lab.profiles import ROOT
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import pytest
 
 from invertune import tables
 from invertune.runtime import InvertuneError, save_json
-from invertune.tables import (COLUMNS, RECALLS, check_row, collect_found, collect_rows, collect_seed_rows, compare_tables, cost_table, found_table, half_width, main_table,
+from invertune.lab.tables import (COLUMNS, RECALLS, check_row, collect_found, collect_rows, collect_seed_rows, compare_tables, cost_table, found_table, half_width, main_table, 
                               parse_table, read_table, student_half, summary_table, to_csv, to_latex, to_markdown, wilson, write_table)
 
 
@@ -173,5 +173,5 @@ def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, caps
 
 
 def test_the_command_is_one_sentence_where_nothing_was_committed():
-    done = subprocess.run([sys.executable, '-m', 'invertune.tables', 'check', '--profile', 'no-such-profile'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'invertune.lab.tables', 'check', '--profile', 'no-such-profile'], capture_output=True, text=True)
     assert done.returncode == 1 and 'no-such-profile' in done.stdout and 'Traceback' not in done.stderr

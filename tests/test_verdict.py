@@ -8,12 +8,12 @@ import yaml
 
 from invertune import verdict
 from invertune.attacks import ATTACKS
-from invertune.defenses import Clean
+from invertune.defender import Clean
 from invertune.identify import halves, sags
-from invertune.paths import ROOT
+from invertune.lab.profiles import ROOT
 from invertune.runtime import InvertuneError
 from invertune.verdict import PATCHES, WHOLE, agreement, beyond, calibrate, collapse, features, gather, judge, mend, scan, score
-from invertune.zoo import SHAPES, SIZES, auroc, interval, rates, zoo_frequent, zoo_group, zoo_split
+from invertune.lab.zoo import SHAPES, SIZES, auroc, interval, rates, zoo_frequent, zoo_group, zoo_split
 
 USUAL = {f: (.5, .1) for f in (*WHOLE, *PATCHES)}
 NEVER, ALWAYS = ({'usual': {'resnet': USUAL}, 'names': ['local'], 'mean': [0.], 'scale': [1.], 'weights': [0.], 'bias': b} for b in (-1., 1.))
