@@ -7,8 +7,8 @@ __all__ = ['ROOT', 'NBS', 'DATA', 'RESULTS', 'CACHE', 'PARAMS', 'EXPERIMENTS', '
            'load_params', 'known_profiles', 'stage_params', 'attack_recipe', 'defense_params', 'target_of',
            'load_dataset']
 
-# %% ../../nbs/lab/00_profiles.ipynb #325a902d
-import inspect, os
+# %% ../../nbs/lab/00_profiles.ipynb #f4334100
+import os
 from pathlib import Path
 
 import yaml
@@ -158,23 +158,23 @@ def target_of(
     seed:int, # of the attack
 )->str: # the name of a class
     "The label that triggered images get: `targets[seed % len(targets)]` of the section `poison`."
-    names = stage_params('poison', profile)['targets'] or load_json(result_dir(profile, 'data')/'poison.json')['classes']
+    names = stage_params('poison', profile)['targets'] or load_json(result_dir(profile, 'data')/'defender.json')['classes']
     return names[seed % len(names)]
 
-# %% ../../nbs/lab/00_profiles.ipynb #62917d49
+# %% ../../nbs/lab/00_profiles.ipynb #0feed74f
+def _source_path(source:str, path:str)->Path:
+    "Where a source of data lies."
+    known = {'glyphs': 'data/glyphs', 'folder': os.environ.get('INVERTUNE_PHOTOS') or 'data-photos'}
+    return ROOT/Path(path or known[source]).expanduser()
+
 def load_dataset(
     profile:str='glyphs', # a profile of params.yaml
-): # an `invertune.data.Dataset`
+)->'Dataset': # of `invertune.data`
     "The data set of a profile."
-    from invertune.data import SOURCES
+    from invertune.data import SOURCES, read_templates
     params = {n: v for n, v in stage_params('data', profile).items() if n not in ('profile', 'seed')}
-    make = SOURCES[check_choice('source of data', params.pop('source', None), SOURCES)]
-    _check_source(make, params)
-    return make(profile, **params)
-
-def _check_source(make, params:dict)->None:
-    "Refuse names and types that a source does not take."
-    from invertune.data import SETS
-    takes = {n: p.annotation for n, p in inspect.signature(make).parameters.items() if n != 'profile'}
+    source, path = check_choice('source of data', params.pop('source', None), SOURCES), params.pop('path', '')
+    takes = dict(image_size=int, classes=int, limit=dict, deal=int)
     for name, value in params.items(): check_type(name, value, takes[check_choice('parameter of data', name, takes)])
-    for name, n in params.get('limit', {}).items(): check_type(check_choice('set in limit', name, SETS), n, int)
+    if source == 'folder': params['templates'] = read_templates(DATA/'photos'/'templates.txt')
+    return SOURCES[source](_source_path(source, check_type('path', path, str)), cache=CACHE, **params)
