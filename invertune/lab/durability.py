@@ -105,7 +105,8 @@ def _curves(rows):
             ax.fill_between(step, asr.mean(0), asr.max(0).values, color=how['color'], alpha=.13, lw=0)
         ax.axhline(_BAR, color='k', lw=.7, ls=(0, (4, 3)), zorder=4)
         ax.annotate(f'{_BAR:g} %', (1, _BAR), (-2, 2), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=SMALL)
-        ax.set(xscale='symlog', xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102), xlim=(0, step[-1]))
+        ax.set_xscale('symlog', linthresh=5)
+        ax.set(xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102), xlim=(0, step[-1]))
         ticks = [s for s in (0, 1, 3, 10, 30, 100, 300, 1000) if s == 0 or s in step]
         ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off()
     axs[0,0].set_ylabel('ASR, %: mean, and worst attack')

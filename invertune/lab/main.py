@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..data import Dataset, Split, load_dataset
+from ..data import Dataset, Split
 from ..defender import Defender
 from ..invert import load_bank
-from .profiles import RESULTS, result_dir, stage_params
+from .profiles import load_dataset, result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, legend, look
 from .tables import RECALLS, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, rank, rows_table, shown_name
 from ..metrics import evaluate
@@ -105,7 +105,7 @@ def demo_victim()->Victim: # `badnet` on six pictograms
     d = demo()
     own = Split('defender', d.defender.images, d.defender.captions, torch.zeros(len(d.defender.images), dtype=torch.long))
     sets = dict(pretrain=d.split, poison=d.split, defender=own, evaluation=d.evaluation)
-    return Victim(Dataset('demo', d.classes, d.templates, sets.__getitem__), 0, 'badnet', d.clip, d.bad, [d.trigger])
+    return Victim(Dataset(d.classes, d.templates, sets.__getitem__), 0, 'badnet', d.clip, d.bad, [d.trigger])
 
 # %% ../../nbs/lab/03_main.ipynb #1f112b23
 _PUBLISHED, _OURS = 'invertune-paper', 'invertune'
