@@ -137,7 +137,8 @@ def invert_paper(
     lr:float=.01, # of Adam (paper), in [0,1] pixels
     bs:int=64, # images a step (paper)
     every:int=10, # steps between two looks at the inverted ASR
-    limit:float=.02, # share of the image that a mask may cover; the published ones cover .01
+    budget:float=.02, # share of the image that the mask of the kept state covers, if any does; the published ones: .01
+    limit:float=.05, # share of the image over which the inversion has failed
     gate:float=.7, # inverted ASR under which the inversion has failed (paper)
     seed:int=0, # of the start and the batches
 )->Bank: # of one trigger; its report has the curve: [dict(step, loss, asr, share)]
@@ -154,7 +155,7 @@ def invert_paper(
         mask.grad,pattern.grad = torch.autograd.grad(loss, [mask, pattern]); opt.step()
         with torch.no_grad(): mask.clamp_(0, 1); pattern.clamp_(0, 1)
         if step % every == 0 or step == steps: looks.append(_look(case, target, mask, pattern, step, loss.item()))
-    return _kept(case, target, looks, limit, gate)
+    return _kept(case, target, looks, budget, limit, gate)
 
 # %% ../nbs/method/12_invert.ipynb #60032d03
 def _look(case, target, mask, pattern, step, loss):
@@ -163,9 +164,9 @@ def _look(case, target, mask, pattern, step, loss):
     asr = inverted_asr(case, target, now, 'select')
     return now,dict(step=step, loss=loss, asr=asr, share=mask.mean().item())
 
-def _kept(case, target, looks, limit, gate):
+def _kept(case, target, looks, budget, limit, gate):
     "The best state whose mask is small, the later one of equals; the last one where no mask is."
-    small = [look for look in looks if look[1]['share'] <= limit]
+    small = [look for look in looks if look[1]['share'] <= budget]
     trigger,told = max(small, key=lambda look: (look[1]['asr'], look[1]['step'])) if small else looks[-1]
     bank = Bank([trigger], [inverted_asr(case, target, trigger)], gate, limit)
     bank.report = dict(_told(case, target, bank), step=told['step'], curve=[row for _,row in looks])
