@@ -56,9 +56,11 @@ class Bank(Drawn):
         "Why this is no inverted trigger."
         if not len(self): return 'the inversion has failed: it made no trigger'
         if self.inverted_asr < self.gate:
-            return f'the inversion has failed: its inverted ASR is {self.inverted_asr:.1%}, under the gate of {self.gate:.0%}'
+            return (f'the inversion has failed: its inverted ASR is {self.inverted_asr:.1%}, '
+                    f'under the gate of {self.gate:.0%}')
         if self.share(0) > self.limit:
-            return f'the inversion has failed: its mask covers {self.share(0):.1%} of the image, more than {self.limit:.0%}'
+            return (f'the inversion has failed: its mask covers {self.share(0):.1%} of the image, '
+                    f'more than {self.limit:.0%}')
 
     def above(self,
         gate:float, # inverted ASR, fraction
@@ -112,7 +114,8 @@ def load_bank(
         made = [Trigger(k, own(i), family=f) for i,(k,f) in enumerate(zip(meta['kind'], meta['family'], strict=True))]
         return Bank(made, [float(a) for _,a in zip(made, meta['asr'], strict=True)], meta['gate'], meta['limit'])
     except (ValueError, TypeError):
-        raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' as their ASR") from None
+        raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' "
+                             'as their ASR') from None
 
 # %% ../nbs/method/12_invert.ipynb #02ce9ef2
 def _nearest(case, target, n=64):
@@ -178,7 +181,8 @@ def _told(case, target, bank):
     def corner(i): return bank.mask(i).nonzero()[0].tolist() if bank.families[i] == 'patch' else None
     each = [dict(family=f, inverted_asr=a, mask_l1=bank.mask(i).sum().item(), mask_share=bank.share(i), place=corner(i))
             for i,(f,a) in enumerate(zip(bank.families, bank.asr))]
-    return dict(target=case.classes[target], inverted_asr=bank.inverted_asr, gate=bank.gate, failed=bank.failed, triggers=each)
+    return dict(target=case.classes[target], inverted_asr=bank.inverted_asr, gate=bank.gate, failed=bank.failed,
+                triggers=each)
 
 # %% ../nbs/method/12_invert.ipynb #a526af08
 def _neighbours(places, step, last):
