@@ -85,9 +85,10 @@ class Bank(Drawn):
 
     def picture(self)->Image.Image: # of the best four: the mask, the trigger on a card
         "The triggers and where they act."
-        if not len(self): return tile_rows([[torch.ones(32, 96)]], [['an empty bank']])
+        if not len(self): return tile_rows([[torch.ones(16, 96)]], [['an empty bank']], 16)
         tiles = [[self.mask(i), *self[i].tiles()[1:]] for i in range(min(4, len(self)))]
-        return tile_rows(tiles, [[f'{f} {a:.0%}'] + ['']*(len(t)-1) for f,a,t in zip(self.families, self.asr, tiles)])
+        titles = [[f'{f}, inverted ASR {a:.0%}', '', ''] for f,a in zip(self.families, self.asr)]
+        return tile_rows(tiles, titles)
 
     def __repr__(self):
         said = ', '.join(f'{f} {a:.0%}' for f,a in zip(self.families, self.asr))
