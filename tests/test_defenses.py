@@ -192,7 +192,7 @@ def test_the_notebook_keeps_secrets():
                'attack_success', 'metrics.json')
     assert not [w for w in secrets if w in code] and "'poison', seed, attack)/'model.safetensors'" in code
     assert code.count('target_of(') == 1
-    assert 'if DEFENSES[defense].needs_target: params = params | dict(target=target_of(' in code
+    assert 'if DEFENSES[defense].needs_target: settings = settings | dict(target=target_of(' in code
 
 
 # Every attack is cured
