@@ -148,11 +148,13 @@ def pretrained_clip(
     weights:str='openai', # an open_clip tag, or a file of weights that open_clip reads without running code
 )->Clip: # on `pick_device()`
     "A published CLIP in float32, computed as its weights were trained (a tag needs a network)."
-    tags = open_clip.list_pretrained_tags_by_model(check_choice('architecture of open_clip', name, open_clip.list_models()))
+    check_choice('architecture of open_clip', name, open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if not weights: raise InvertuneError(f"'{name}' with weights {weights!r} would be random: "
                                          f"name a tag ({', '.join(tags) or 'it has none'}) or a file of weights")
-    if not Path(weights).is_file(): check_choice(f'weights of {name}', weights, tags)
-    quick = bool(open_clip.get_pretrained_cfg(name, str(weights)).get('quick_gelu'))
+    tag = open_clip.factory.get_pretrained_cfg(name, str(weights))
+    if not tag and not Path(weights).is_file(): check_choice(f'tag or file of weights for {name}', weights, tags)
+    quick = bool(tag.get('quick_gelu'))
     try: clip = _published(name, str(weights), quick)
     except Exception as e: raise InvertuneError(f"can't load '{name}' with weights '{weights}': {e}") from e
     _check_finite(clip.model.state_dict(), weights)
@@ -192,7 +194,7 @@ class Activations:
     def __getitem__(self, name:str)->torch.Tensor: return self.out[name]
     def items(self): return self.out.items()
 
-# %% ../nbs/method/04_model.ipynb #a5682c24
+# %% ../nbs/method/04_model.ipynb #85fdd273
 def _check_prompts(
     clip:Clip, # gives the tokenizer
     classes:Sequence[str], # C class names
@@ -201,10 +203,10 @@ def _check_prompts(
 )->None:
     "Refuse classes that the text encoder can't tell apart, and warn of a prompt that is cut."
     seen,width = {},tokens.shape[1]
-    for name,row in zip(classes, tokens.reshape(len(classes), -1).cpu().numpy()):
-        other = seen.setdefault(row.tobytes(), name)
-        if other is not name: raise InvertuneError(f"the classes '{other}' and '{name}' are the same {width} tokens to "
-                                                   'the text encoder: shorten or rename one')
+    for i,row in enumerate(tokens.reshape(len(classes), -1).cpu().numpy()):
+        j = seen.setdefault(row.tobytes(), i)
+        if i != j: raise InvertuneError(f"the classes '{classes[j]}' and '{classes[i]}' are the same {width} tokens to "
+                                        'the text encoder: shorten or rename one')
     if not hasattr(clip.tokenizer, 'encode'): return  # not CLIP's own: what it cuts can't be told
     full = [t for t,row in zip(texts, tokens.tolist()) if row[-1]]
     longest = max((len(clip.tokenizer.encode(t)) + 2, t) for t in ['', *full])  # 2: the marks of beginning and end
