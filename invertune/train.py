@@ -124,6 +124,7 @@ def _work(
     "What a forked process does: its part of the job on one thread."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    for parents in crew.pipes: parents.close() # while anybody holds the parent's end, its death is not heard
     crew.rank,crew.pipes = rank,[pipe]
     try: job()
     except Exception as e:
