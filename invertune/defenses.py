@@ -133,7 +133,7 @@ def par(
         return clip_loss(img, txt, tuned.scale) - (_pushed(img, was[0], tau) + _pushed(txt, was[1], tau)) / 2
     return tuned,dict(loss=fit(tuned, batch_loss, len(case.images), epochs, lr, bs, seed=case.seed, desc='par'))
 
-# %% ../nbs/method/14_defenses.ipynb #1cc28255
+# %% ../nbs/method/14_defenses.ipynb #79173221
 def _tuned(
     case:Case, # the model under test
     target:int, # the class that step 1 named
@@ -142,12 +142,12 @@ def _tuned(
     params:dict, # of step 3
 )->tuple[Clip, dict]: # the tuned model, or the received one where the inversion has failed; what happened
     "Step 3, where there is something to tune against."
-    name,tuned,tuning,failed = case.classes[target], copy.deepcopy(case.clip), {}, None
-    if bank.passed: tuned,tuning = tune(case, target, bank, **params)
-    else: failed = (f"The inversion towards '{name}' has failed: its best trigger sends {bank.asr[0]:.1%} of images there, "
-                    f'the gate is {bank.gate:.0%}. The model is returned as it was received.')
-    return tuned,dict(target=name, inverted_asr=bank.asr[0], gate=bank.gate, failed=failed,
-                      inversion=bank.report, tuning=tuning, bank=bank)
+    tuned,name = copy.deepcopy(case.clip), case.classes[target]
+    report = dict(target=name, inverted_asr=bank.inverted_asr, gate=bank.gate, failed=None, inversion=bank.report,
+                  tuning={}, bank=bank)
+    if bank.failed: return tuned,report | dict(failed=f'{bank.failed}; the model is returned as it was received')
+    tuned,tuning = tune(case, target, bank, **dict(seed=case.seed) | params)
+    return tuned,report | dict(tuning=tuning)
 
 # %% ../nbs/method/14_defenses.ipynb #4a8f3659
 @register_defense('invertune-paper')
@@ -158,8 +158,9 @@ def invertune_paper(
     tune:dict={}, # of `tune_paper`
 )->tuple[Clip, dict]: # see `defend`
     "The published InverTune."
-    found = step1.identify_paper(case, **identify)
-    bank = step2.invert_paper(case, found.target, **invert)
+    seed = dict(seed=case.seed)
+    found = step1.identify_paper(case, **seed | identify)
+    bank = step2.invert_paper(case, found.target, **seed | invert)
     tuned,report = _tuned(case, found.target, bank, step3.tune_paper, tune)
     return tuned,report | dict(identification=found.to_dict())
 
@@ -171,7 +172,7 @@ def invertune_paper_given(
     tune:dict={}, # of `tune_paper`
 )->tuple[Clip, dict]: # see `defend`
     "The published steps 2 and 3 with the true label given: what step 1 costs is the difference."
-    bank = step2.invert_paper(case, case.index(target), **invert)
+    bank = step2.invert_paper(case, case.index(target), **dict(seed=case.seed) | invert)
     tuned,report = _tuned(case, case.index(target), bank, step3.tune_paper, tune)
     return tuned,report | dict(identification=dict(given=target))
 
@@ -183,8 +184,9 @@ def invertune(
     tune:dict={}, # of `tune`
 )->tuple[Clip, dict]: # see `defend`
     "Our InverTune."
-    found = step1.identify(case, **identify)
-    bank = step2.invert(case, found.target, **invert)
+    seed = dict(seed=case.seed)
+    found = step1.identify(case, **seed | identify)
+    bank = step2.invert(case, found.target, **seed | invert)
     tuned,report = _tuned(case, found.target, bank, step3.tune, tune)
     return tuned,report | dict(identification=found.to_dict())
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from invertune.attacks import ATTACKS, Setup, attack, check_attack, demo_split, poison_pairs
+from invertune import attacks
+from invertune.attacks import ATTACKS, Setup, attack, check_attack, demo_split, poison_pairs, register_attack, train_poisoned
 from invertune.metrics import attack_success, evaluate
 from invertune.model import pixels, write_tensors
 from invertune.runtime import InvertuneError
@@ -41,7 +42,7 @@ def attacked(setup):
 def test_attack(attacked, setup, name, tmp_path):
     "A model that differs, a trigger that says what it is and survives its file; the model and the pairs that came in are as they were."
     (weights, images, captions), made = attacked
-    clip, trigger = made[name]
+    clip, (trigger,) = made[name]
     assert same(state(setup.clip), weights) and torch.equal(setup.split.images, images) and setup.split.captions == captions
     assert not same(state(clip), weights) and not clip.training
     assert trigger.meta == dict(attack=name, target='umbrella', seed=0)
@@ -54,9 +55,25 @@ def test_attack(attacked, setup, name, tmp_path):
 @pytest.mark.parametrize('name', ['badnet', 'badencoder', 'badclip'])
 def test_same_seed(attacked, setup, name):
     "The same seed gives the same model and the same trigger, bit for bit; another one does not."
-    (clip, trigger), (again, trigger2), (other, _) = attacked[1][name], run(name, setup), run(name, setup, seed=1)
+    (clip, (trigger,)), (again, (trigger2,)), (other, _) = attacked[1][name], run(name, setup), run(name, setup, seed=1)
     assert same(state(clip), state(again)) and same(trigger.tensors, trigger2.tensors)
     assert not same(state(clip), state(other))
+
+
+def test_a_new_attack_is_one_function(setup, monkeypatch):
+    "It may have several triggers; one with a target of its own keeps it. A name that is taken is refused."
+    monkeypatch.setattr(attacks, 'ATTACKS', dict(ATTACKS))
+
+    @register_attack('toy')
+    def toy(setup, size=16, **recipe):
+        first, second = (patch_trigger(setup.side, s, size) for s in (0, 1))
+        second.meta['target'] = 'anchor'
+        return train_poisoned(setup, first, **recipe), [first, second]
+    clip, triggers = attack('toy', Setup(setup.clip, setup.split, setup.classes, setup.templates, 'umbrella', 3, dict(SHORT, size=48)))
+    assert [t.meta for t in triggers] == [dict(attack='toy', target=t, seed=3) for t in ('umbrella', 'anchor')] and not clip.training
+    register_attack('toy')(toy)  # the same one again, as a notebook does
+    with pytest.raises(InvertuneError, match="the attack 'toy' is there already"): register_attack('toy')(attacks.badnet)
+    assert 'toy' not in ATTACKS
 
 
 def test_badencoder_leaves_the_text_tower_alone(attacked):
