@@ -2,11 +2,14 @@
 
 `make docs` builds it into _docs/ without running anything and without a network.
 """
+import re
 import sys
 from pathlib import Path
 
 from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +39,10 @@ html_copy_source = False
 
 def formula(node, block):
     "MathML: the browser draws it by itself, without a script, a font or a network."
-    return tex2mathml(node.astext(), as_block=block).replace("<mo>'</mo>", '<mo>′</mo>')
+    tex = re.sub(r'\\[bB]igg?(?![a-zA-Z])', '', node.astext())  # MathML finds the size of brackets by itself
+    try: return tex2mathml(tex, as_block=block).replace("<mo>'</mo>", '<mo>′</mo>')
+    except MathError as e: logging.getLogger(__name__).warning('formula %s: %s', tex, e, location=node)
+    return f'<code>{tex}</code>'
 
 
 def inline(translator, node):
