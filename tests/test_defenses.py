@@ -1,4 +1,4 @@
-"A defense gets a model and clean pairs, and nothing else; every attack is cured; a failed inversion is said and changes nothing."
+"A defense gets a model and clean pairs, and nothing else; every attack is cured; a failed inversion changes nothing."
 import inspect
 import json
 import os
@@ -25,15 +25,20 @@ from invertune.triggers import load_trigger, patch_trigger
 
 PAPER = dict(invert=dict(steps=4, limit=1., gate=0.), tune=dict(steps=3))
 SHORT = {'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16), 'par': dict(epochs=1, bs=16),
-         'invertune-paper': PAPER | dict(identify=dict(steps=2)), 'invertune-paper-given': PAPER | dict(target='umbrella'),
-         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',), gate=0.),
+         'invertune-paper': PAPER | dict(identify=dict(steps=2)),
+         'invertune-paper-given': PAPER | dict(target='umbrella'),
+         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1),
+                           invert=dict(steps=2, stride=56, families=('warp',), gate=0.),
                            tune=dict(steps=3, search=dict(steps=2, stride=56, families=('warp',))))}
 INVERTING = [n for n in DEFENSES if n.startswith('invertune')]
 
 
+def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-def told(report): return json.dumps({k: v for k, v in report.items() if k not in ('seconds', 'peak_mb', 'bank')}, sort_keys=True)
+def told(report):
+    "All of a report that a second run repeats, as text."
+    return json.dumps({k: v for k, v in report.items() if k not in ('seconds', 'peak_mb', 'bank')}, sort_keys=True)
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +69,7 @@ def test_what_came_in_is_as_it_was(defended, received, defender, name):
     assert not received.training and all(p.requires_grad and not p._backward_hooks for p in received.parameters())
     tuned, report = made[name]
     assert tuned is not received and not tuned.training and same(state(tuned), weights) == (name == 'none')
-    assert all(p.requires_grad and not p._backward_hooks for p in tuned.parameters())  # whoever gets it can go on training
+    assert all(p.requires_grad and not p._backward_hooks for p in tuned.parameters())  # one can go on training
     assert report['seconds'] >= 0 and report['peak_mb'] > 0
     assert all(v.isfinite().all() for v in tuned.state_dict().values())
 
@@ -81,7 +86,8 @@ def test_same_seed(defended, received, defender, name):
 def test_report(defended, name, tmp_path):
     "All of it is JSON but for the bank, which has a file of its own."
     _, report = defended[1][name]
-    assert {'target', 'inverted_asr', 'gate', 'failed', 'identification', 'inversion', 'tuning'} <= json.loads(told(report)).keys()
+    keys = {'target', 'inverted_asr', 'gate', 'failed', 'identification', 'inversion', 'tuning'}
+    assert keys <= json.loads(told(report)).keys()
     assert report['inverted_asr'] == report['bank'].asr[0] and report['failed'] is None and report['tuning']['curve']
     report['bank'].save(tmp_path/'bank.safetensors'); Bank([], []).save(tmp_path/'none.safetensors')
 
@@ -97,7 +103,8 @@ def test_a_model_in_train_mode_stays_in_it(received, defender):
 # What a defender may know
 
 ALLOWED = {'images', 'captions', 'classes', 'templates'}
-CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, Path(invertune.__file__).parent, '/proc', '/sys', '/dev')]
+PACKAGE = Path(invertune.__file__).parent
+CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, PACKAGE, '/proc', '/sys', '/dev')]
 guard = dict(on=False, refused=[])
 
 
@@ -130,8 +137,8 @@ def test_a_defense_opens_no_file(received, defender, name, no_files):
     assert no_files == []
 
 
-@pytest.mark.parametrize('read', [load_trigger, read_tensors, lambda p: p.read_bytes(), lambda p: os.open(p, os.O_RDONLY), torch.load,
-                                  lambda p: list(p.parent.iterdir())])
+@pytest.mark.parametrize('read', [load_trigger, read_tensors, lambda p: p.read_bytes(), lambda p: os.open(p, os.O_RDONLY),
+                                  torch.load, lambda p: list(p.parent.iterdir())])
 def test_a_defense_that_opens_one_is_caught(received, defender, read, tmp_path, monkeypatch, request):
     "Even one that hides that it tried."
     file = tmp_path/'results'/'glyphs'/'poison'/'0'/'badnet'/'trigger.safetensors'
@@ -150,14 +157,15 @@ def test_a_defense_that_opens_one_is_caught(received, defender, read, tmp_path, 
 
 def test_a_defender_has_no_room_for_a_secret(defender):
     assert {f.name for f in fields(Defender)} == ALLOWED and vars(defender).keys() == ALLOWED
-    with pytest.raises(TypeError): Defender(defender.images, defender.captions, defender.classes, defender.templates, target='umbrella')
+    with pytest.raises(TypeError): Defender(**vars(defender), target='umbrella')
 
 
 @pytest.mark.parametrize('name', DEFENSES)
 def test_a_defense_is_given_a_case(name):
     "And no label, but for the one row that says so."
     parameters = list(inspect.signature(DEFENSES[name]).parameters)
-    assert parameters[0] == 'case' and ('target' in parameters) == DEFENSES[name].needs_target == (name == 'invertune-paper-given')
+    assert parameters[0] == 'case'
+    assert ('target' in parameters) == DEFENSES[name].needs_target == (name == 'invertune-paper-given')
     assert not any(word in p for p in parameters for word in ('trigger', 'label', 'attack', 'poison'))
 
 
@@ -165,26 +173,29 @@ def files(entries): return [next(iter(e)) if isinstance(e, dict) else e for e in
 
 
 def test_the_pipeline_keeps_secrets():
-    "Of what the attacker made, the stage depends on the model alone; of the data, on the defender's set; of the evaluation, on nothing."
+    "Of what the attacker made, the stage depends on the model alone; of the data, on the defender's set."
     stage = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']['defend']
     assert {d for d in files(stage['deps']) if d.startswith(('results/', 'data'))} == {
-        'results/${item.profile}/data/defender.json', 'results/${item.profile}/poison/${item.seed}/${item.attack}/model.safetensors'}
+        'results/${item.profile}/data/defender.json',
+        'results/${item.profile}/poison/${item.seed}/${item.attack}/model.safetensors'}
     assert not {'invertune/attacks.py', 'invertune/data.py'} & set(files(stage['deps']))
 
 
 def test_the_notebook_keeps_secrets():
-    "What dvc.yaml promises, the stage's notebook keeps; the true label is read where a defense needs it and nowhere else."
+    "What dvc.yaml promises, the stage's notebook keeps; the true label is read where a defense needs it."
     cells = json.loads((ROOT/'nbs'/'stages'/'40_defend.ipynb').read_text())['cells']
     code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
-    secrets = ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'", 'attack_success', 'metrics.json')
+    secrets = ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'",
+               'attack_success', 'metrics.json')
     assert not [w for w in secrets if w in code] and "'poison', seed, attack)/'model.safetensors'" in code
-    assert code.count('target_of(') == 1 and 'if DEFENSES[defense].needs_target: params = params | dict(target=target_of(' in code
+    assert code.count('target_of(') == 1
+    assert 'if DEFENSES[defense].needs_target: params = params | dict(target=target_of(' in code
 
 
 # Every attack is cured
 
-RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.), badclip=dict(size=48, trigger_steps=60),
-               badencoder=dict(size=48, pattern='fixed', epochs=6, lr=2e-3, bs=32))
+RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.),
+               badclip=dict(size=48, trigger_steps=60), badencoder=dict(size=48, pattern='fixed', epochs=6, lr=2e-3, bs=32))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
 CURE = dict(identify=dict(steps=15), invert=dict(steps=16), tune=dict(steps=60, lr=3e-3, rounds=1))
 
@@ -210,10 +221,11 @@ def test_cured(planted, small):
 
 def test_sorted_images_are_defended_as_well(small):
     "An ImageFolder comes class after class."
-    order = torch.tensor(sorted(range(len(small.defender.captions)), key=lambda i: small.defender.captions[i]))
-    d = Defender(small.defender.images[order], [small.defender.captions[i] for i in order], small.classes, small.templates)
+    own = small.defender
+    order = torch.tensor(sorted(range(len(own.captions)), key=lambda i: own.captions[i]))
+    d = Defender(own.images[order], [own.captions[i] for i in order], own.classes, own.templates)
     case = Case(small.bad, d)
-    assert all(len(set(part.tolist())) == len(small.classes) for part in (case.part(p)[2] for p in ('fit', 'select', 'test')))
+    for p in ('fit', 'select', 'test'): assert len(set(case.part(p)[2].tolist())) == len(small.classes)
     tuned, report = defend('invertune', small.bad, d, **CURE)
     row = small.evaluate(tuned)
     assert report['target'] == 'umbrella' and row['asr'] < .1 and row['ca'] > small.evaluate(small.bad)['ca'] - .05
@@ -226,31 +238,34 @@ def test_a_failed_inversion(received, defender, name):
     "Under the gate, the model comes back as it was received, and the report says so in a sentence."
     short = SHORT[name] | dict(invert=SHORT[name]['invert'] | dict(gate=1.1))
     tuned, report = defend(name, received, defender, **short)
-    assert same(state(tuned), state(received)) and tuned is not received and report['tuning'] == {} and report['gate'] == 1.1
-    assert report['failed'].startswith('the inversion has failed') and report['failed'].endswith('the model is returned as it was received')
+    assert same(state(tuned), state(received)) and tuned is not received and report['tuning'] == {}
+    assert report['gate'] == 1.1
+    assert report['failed'].startswith('the inversion has failed')
+    assert report['failed'].endswith('the model is returned as it was received')
 
 
 # Mistakes
 
 def test_mistakes_are_said(received, defender):
-    with pytest.raises(InvertuneError, match="unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, defender)
-    with pytest.raises(InvertuneError, match="ft has no parameter 'epoch': it takes epochs, lr, bs"): defend('ft', received, defender, epoch=3)
-    with pytest.raises(InvertuneError, match="invertune has no parameter 'target'"): defend('invertune', received, defender, target='sun')
-    with pytest.raises(InvertuneError, match='is told the true label'): defend('invertune-paper-given', received, defender)
-    with pytest.raises(InvertuneError, match="'unicorn'"): defend('invertune-paper-given', received, defender, target='unicorn')
-    with pytest.raises(InvertuneError, match="the defense 'ft' is there already"): register_defense('ft')(test_mistakes_are_said)
+    with says("unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, defender)
+    with says("ft has no parameter 'epoch': it takes epochs, lr, bs"): defend('ft', received, defender, epoch=3)
+    with says("invertune has no parameter 'target'"): defend('invertune', received, defender, target='sun')
+    with says('is told the true label'): defend('invertune-paper-given', received, defender)
+    with says("'unicorn'"): defend('invertune-paper-given', received, defender, target='unicorn')
+    with says("the defense 'ft' is there already"): register_defense('ft')(test_mistakes_are_said)
 
 
-@pytest.mark.parametrize('images, captions, sentence', [(slice(None), 3, '64 images, but 3 captions'), (slice(8), 8, '8 images are too few')])
+@pytest.mark.parametrize('images, captions, sentence', [(64, 3, '64 images, but 3 captions'), (8, 8, '8 images are too few')])
 def test_rivals_share_their_sentences(received, defender, images, captions, sentence):
     "What is wrong with the images or captions is said before any defense sees them."
+    given = vars(defender) | dict(images=defender.images[:images], captions=defender.captions[:captions])
     for name in ('ft', 'cleanclip', 'par'):
-        with pytest.raises(InvertuneError, match=sentence):
-            defend(name, received, Defender(defender.images[images], defender.captions[:captions], defender.classes, defender.templates))
-    with pytest.raises(InvertuneError, match='uint8'): Defender(defender.images/255, defender.captions, defender.classes, defender.templates)
+        with says(sentence):
+            defend(name, received, Defender(**given))
+    with says('uint8'): Defender(**vars(defender) | dict(images=defender.images/255))
 
 
 @pytest.mark.parametrize('name', ['ft', 'cleanclip', 'par'])
 def test_a_rival_that_diverges(received, defender, name):
     "An error, not a model."
-    with pytest.raises(InvertuneError, match=f'{name}, epoch .*: the loss became'): defend(name, received, defender, epochs=4, lr=1e15, bs=16)
+    with says(f'{name}, epoch .*: the loss became'): defend(name, received, defender, epochs=4, lr=1e15, bs=16)

@@ -18,8 +18,8 @@ from invertune.verdict import calibrate, clean, gather_evidence, judge, load_cal
 FAMILIES = (*verdict._WHOLE, *verdict._PATCHES)
 USUAL = {f: (.5, .1) for f in FAMILIES}
 SHORT = dict(steps=2, bs=8, families=('patch of 49', 'warp'))
-NEVER, ALWAYS = ({'side': 32, 'search': SHORT, 'usual': {'resnet': USUAL}, 'names': ['local'], 'mean': [0.], 'scale': [1.],
-                  'weights': [0.], 'bias': b} for b in (-1., 1.))
+NEVER, ALWAYS = (dict(side=32, search=SHORT, usual=dict(resnet=USUAL), names=['local'], mean=[0.], scale=[1.], weights=[0.],
+                      bias=b) for b in (-1., 1.))
 
 
 @pytest.fixture(scope='module')
@@ -28,16 +28,18 @@ def defender(small):
     return Defender(d.images[:64].clone(), d.captions[:64], small.classes, small.templates)
 
 
+def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 def row(family, alike, *shares, gap=0.): return dict(family=family, alike=alike, shares=list(shares), gap=gap)
 
 
 def test_features():
-    "The most unusual row, the class that most images end at, under patches and under the rest, and the gap of one that is led to."
-    rows = [row('patch of 28', .99, .1, .9, gap=.05), row('patch of 49', .5, .4, .6, gap=.3), row('warp', .9, .7, .3, gap=-.2)]
+    "The most unusual row, the class that most images end at, under patches and the rest, and its gap."
+    rows = [row('patch of 28', .99, .1, .9, gap=.05), row('patch of 49', .5, .4, .6, gap=.3),
+            row('warp', .9, .7, .3, gap=-.2)]
     f = verdict._features(rows, USUAL)
-    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7, gap=.1*.6), abs=1e-6)  # beyond .1 a gap says no more
+    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7, gap=.1*.6), abs=1e-6)  # over .1 it says no more
     assert verdict._excess(row('warp', 1., .5, .5), USUAL) == 8  # not infinite
     assert verdict._excess(row('warp', 0., .5, .5), USUAL) == pytest.approx(-2.5) and verdict._agreement([]) == 0
 
@@ -47,7 +49,7 @@ def test_judge_names_a_target_only_with_a_backdoor():
     yes, no = (judge(evidence, 'resnet', ['sun', 'key'], c) for c in (ALWAYS, NEVER))
     assert yes.backdoored and yes.target == 'key' and yes.family == 'patch of 28' and yes.probability > .5
     assert not no.backdoored and no.target is None and no.probability < .5
-    with pytest.raises(InvertuneError, match='knows no clean vit'): judge(evidence, 'vit', ['sun', 'key'], ALWAYS)
+    with says('knows no clean vit'): judge(evidence, 'vit', ['sun', 'key'], ALWAYS)
 
 
 def test_a_verdict_draws_itself():
@@ -65,8 +67,8 @@ def test_calibration_weighs_both_kinds_alike():
     c = calibrate(low*10 + high, ['vit']*33, [False]*30 + [True]*3, 32, {})
     said = lambda a: verdict._log_odds(c, verdict._features(model(a), c['usual']['vit']))
     assert said(.7) < 0 < said(.97)
-    with pytest.raises(InvertuneError, match='there is no backdoored one'): calibrate(low, ['vit']*3, [False]*3, 32, {})
-    with pytest.raises(InvertuneError, match='there is no clean resnet'):
+    with says('there is no backdoored one'): calibrate(low, ['vit']*3, [False]*3, 32, {})
+    with says('there is no clean resnet'):
         calibrate(low + high, ['vit']*5 + ['resnet'], [False]*3 + [True]*3, 32, {})
 
 
@@ -74,11 +76,12 @@ def test_the_calibration_of_the_package(tmp_path):
     "It says what it was made with; a file that is something else is refused."
     c = load_calibration()
     assert c['side'] == 32 and c['search'] == dict(steps=24, bs=24) and set(c['usual']) == {'resnet', 'vit'}
-    assert all(set(u) == set(FAMILIES) for u in c['usual'].values()) and c['names'] == ['excess', 'local', 'whole', 'gap']
+    assert all(set(u) == set(FAMILIES) for u in c['usual'].values())
+    assert c['names'] == ['excess', 'local', 'whole', 'gap']
     defaults = {n: p.default for n, p in inspect.signature(gather_evidence).parameters.items()}
     assert {k: defaults[k] for k in c['search']} == c['search']
     save_json(tmp_path/'c.json', {k: v for k, v in c.items() if k != 'side'})
-    with pytest.raises(InvertuneError, match='is no calibration of a verdict: it lacks side'): load_calibration(tmp_path/'c.json')
+    with says('is no calibration of a verdict: it lacks side'): load_calibration(tmp_path/'c.json')
     save_json(tmp_path/'c.json', [1]); pytest.raises(InvertuneError, load_calibration, tmp_path/'c.json')
 
 
@@ -95,11 +98,11 @@ def test_a_calibration_that_does_not_fit_is_refused(small, defender, ask, monkey
     "Models of another size are not judged, unless one says that a guess will do."
     monkeypatch.setattr(verdict, 'gather_evidence', lambda case, **kw: [row('blend', .9, 1., 0.)])
     large = tiny_clip(image_size=64, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
-    own = Defender(torch.nn.functional.interpolate(defender.images, 64), defender.captions, small.classes, small.templates)
-    with pytest.raises(InvertuneError, match='made with models for images of 32 pixels a side, but this one takes 64'): ask(large, own)
-    with pytest.raises(InvertuneError, match='made with models for images of 224'): ask(small.bad, defender, calibration=NEVER | dict(side=224))
+    own = Defender(**vars(defender) | dict(images=torch.nn.functional.interpolate(defender.images, 64)))
+    with says('made with models for images of 32 pixels a side, but this one takes 64'): ask(large, own)
+    with says('made with models for images of 224'): ask(small.bad, defender, calibration=NEVER | dict(side=224))
     ask(large, own, calibration=NEVER | dict(side=64)); ask(large, own, calibration=NEVER, force=True)
-    with pytest.raises(InvertuneError, match='knows no clean resnet'): ask(small.bad, defender, calibration=NEVER | dict(usual=dict(vit=USUAL)))
+    with says('knows no clean resnet'): ask(small.bad, defender, calibration=NEVER | dict(usual=dict(vit=USUAL)))
 
 
 def test_scan_repeats_and_touches_nothing(small, defender):
@@ -124,7 +127,7 @@ def test_a_model_that_is_broken_is_refused(small, defender):
     broken = tiny_clip(image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
     for m in broken.modules():
         if isinstance(m, torch.nn.BatchNorm2d): m.running_var.neg_()
-    with pytest.raises(InvertuneError, match='NaN'): scan(broken, defender)
+    with says('NaN'): scan(broken, defender)
 
 
 def test_clean_leaves_an_innocent_model_alone(small, defender, monkeypatch):
@@ -146,7 +149,7 @@ def test_evidence_tells_the_gap_of_the_class_that_is_led_to(small, defender):
     case = Case(small.bad, defender)
     found, gap = gather_evidence(case, **SHORT), text_image_gap(case)
     assert len(found) == 4 and all(r['gap'] == gap[torch.tensor(r['shares']).argmax()] for r in found)
-    with pytest.raises(InvertuneError, match="unknown family 'fog'"): gather_evidence(case, ('fog',))
+    with says("unknown family 'fog'"): gather_evidence(case, ('fog',))
 
 
 def test_verdict_opens_no_secret():
