@@ -7,8 +7,8 @@ __all__ = ['ROOT', 'NBS', 'DATA', 'RESULTS', 'CACHE', 'PARAMS', 'EXPERIMENTS', '
            'load_params', 'known_profiles', 'stage_params', 'attack_recipe', 'defense_params', 'target_of',
            'load_dataset']
 
-# %% ../../nbs/lab/00_profiles.ipynb #325a902d
-import inspect, os
+# %% ../../nbs/lab/00_profiles.ipynb #f4334100
+import os
 from pathlib import Path
 
 import yaml
@@ -48,7 +48,7 @@ CACHE = ROOT/'.cache'        # drawn images, failed notebooks: may be deleted at
 PARAMS = ROOT/'params.yaml'  # every number of the pipeline
 
 # %% ../../nbs/lab/00_profiles.ipynb #eb258560
-EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page of results
+EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page
 STAGES = ('data train poison defend evaluate selection durability unseen ablations scarce domains zoo verdict '
           'report').split() # in the order of dvc.yaml
 
@@ -74,7 +74,7 @@ def _plain_scalar(loader, node):
     "Refuse a number or a truth value that is written in a way of its own."
     value = (loader.construct_yaml_bool if node.tag.endswith('bool') else loader.construct_yaml_int)(node)
     if node.value.lstrip('+').lower() == str(value).lower(): return value
-    raise InvertuneError(f"'{node.value}' would be read as {value}; write {str(value).lower()}, or '{node.value}' in quotes.")
+    raise InvertuneError(f"'{node.value}' would be read as {value}; write {str(value).lower()}, or use quotes.")
 
 for _kind in 'int', 'bool': _Loader.add_constructor(f'tag:yaml.org,2002:{_kind}', _plain_scalar)
 
@@ -158,23 +158,24 @@ def target_of(
     seed:int, # of the attack
 )->str: # the name of a class
     "The label that triggered images get: `targets[seed % len(targets)]` of the section `poison`."
-    names = stage_params('poison', profile)['targets'] or load_json(result_dir(profile, 'data')/'poison.json')['classes']
+    names = stage_params('poison', profile)['targets']
+    names = names or load_json(result_dir(profile, 'data')/'defender.json')['classes']
     return names[seed % len(names)]
 
-# %% ../../nbs/lab/00_profiles.ipynb #62917d49
+# %% ../../nbs/lab/00_profiles.ipynb #0feed74f
+def _source_path(source:str, path:str)->Path:
+    "Where a source of data lies."
+    known = {'glyphs': 'data/glyphs', 'folder': os.environ.get('INVERTUNE_PHOTOS') or 'data-photos'}
+    return ROOT/Path(path or known[source]).expanduser()
+
 def load_dataset(
     profile:str='glyphs', # a profile of params.yaml
-): # an `invertune.data.Dataset`
+)->'Dataset': # of `invertune.data`
     "The data set of a profile."
-    from invertune.data import SOURCES
+    from invertune.data import SOURCES, read_templates
     params = {n: v for n, v in stage_params('data', profile).items() if n not in ('profile', 'seed')}
-    make = SOURCES[check_choice('source of data', params.pop('source', None), SOURCES)]
-    _check_source(make, params)
-    return make(profile, **params)
-
-def _check_source(make, params:dict)->None:
-    "Refuse names and types that a source does not take."
-    from invertune.data import SETS
-    takes = {n: p.annotation for n, p in inspect.signature(make).parameters.items() if n != 'profile'}
+    source, path = check_choice('source of data', params.pop('source', None), SOURCES), params.pop('path', '')
+    takes = dict(image_size=int, classes=int, limit=dict, deal=int)
     for name, value in params.items(): check_type(name, value, takes[check_choice('parameter of data', name, takes)])
-    for name, n in params.get('limit', {}).items(): check_type(check_choice('set in limit', name, SETS), n, int)
+    if source == 'folder': params['templates'] = read_templates(DATA/'photos'/'templates.txt')
+    return SOURCES[source](_source_path(source, check_type('path', path, str)), cache=CACHE, **params)
