@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..data import Dataset, Split, load_dataset
+from ..data import Dataset, Split
 from ..defender import Defender
 from ..invert import load_bank
-from .profiles import RESULTS, result_dir, stage_params
+from .profiles import load_dataset, result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, legend, look
 from .tables import RECALLS, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, rank, rows_table, shown_name
 from ..metrics import evaluate
@@ -105,7 +105,7 @@ def demo_victim()->Victim: # `badnet` on six pictograms
     d = demo()
     own = Split('defender', d.defender.images, d.defender.captions, torch.zeros(len(d.defender.images), dtype=torch.long))
     sets = dict(pretrain=d.split, poison=d.split, defender=own, evaluation=d.evaluation)
-    return Victim(Dataset('demo', d.classes, d.templates, sets.__getitem__), 0, 'badnet', d.clip, d.bad, [d.trigger])
+    return Victim(Dataset(d.classes, d.templates, sets.__getitem__), 0, 'badnet', d.clip, d.bad, [d.trigger])
 
 # %% ../../nbs/lab/03_main.ipynb #1f112b23
 _PUBLISHED, _OURS = 'invertune-paper', 'invertune'
@@ -148,7 +148,7 @@ def _heat(ax, rows, key, title, cmap, low=0, high=100):
     values, lost = _grid(rows, key)
     failed = {(row['attack'], row['defense']) for row in rows if row['failed']}
     hidden = pd.concat([lost, pd.DataFrame(False, ['mean'], lost.columns)])
-    words = [[f'{values.loc[a, d]:.1f}' + ('ᶠ' if (a, d) in failed else '') for d in values.columns] for a in values.index]
+    words = [[f'{values.loc[a, d]:.1f}' + ('*' if (a, d) in failed else '') for d in values.columns] for a in values.index]
     sns.heatmap(values, ax=ax, mask=hidden.values, annot=np.array(words), fmt='', cmap=cmap, vmin=low, vmax=high, linewidths=.4,
                 annot_kws={'size': SMALL}, cbar=False)
     for y, x in zip(*np.nonzero(lost.values)):
@@ -161,7 +161,7 @@ def _heat(ax, rows, key, title, cmap, low=0, high=100):
                   rotation=60, ha='right', rotation_mode='anchor', fontsize=SMALL)
     ax.set_yticks(ax.get_yticks(), values.index, rotation=0)
 
-# %% ../../nbs/lab/03_main.ipynb #3de9e2e1
+# %% ../../nbs/lab/03_main.ipynb #7b2bdaa1
 @figure
 def _heatmap(rows):
     "ASR, robust accuracy and CA, attacks x defenses."
@@ -171,10 +171,10 @@ def _heatmap(rows):
     kept = [100*row['ca'] for row in rows if not is_lost(row)]
     _heat(axs[0], rows, 'asr', 'attack success rate, %', 'cividis_r')
     _heat(axs[1], rows, 'robust', 'triggered images read as they are, %', 'cividis')
-    _heat(axs[2], rows, 'ca', f'clean accuracy, % (clean model {clean:.1f})', 'cividis', math.floor(min(kept)) - 2, math.ceil(max(*kept, clean)))
+    _heat(axs[2], rows, 'ca', f'clean accuracy, % (clean model {clean:.1f})', 'cividis', clean - 15, math.ceil(max(*kept, clean)))
     marks = {}
     if any(is_lost(row) for row in rows): marks['model lost: in no mean'] = Rectangle((0, 0), 1, 1, **LOST)
-    if any(row['failed'] for row in rows): marks['ᶠ failed: the model is given back as received'] = Line2D([], [], ls='')
+    if any(row['failed'] for row in rows): marks['* failed: the model is given back as received'] = Line2D([], [], ls='')
     if marks: fig.legend(marks.values(), marks.keys(), loc='outside lower center', ncols=2)
     return fig
 
@@ -264,7 +264,7 @@ def _gallery_cells(row):
         cells += [(made, f'inverted ASR {100*bank.asr[0]:.1f} %'), (.5 + factor*(made - clean), f'× {factor}')] if len(bank) else [(None, 'none')]*2
     return cells
 
-# %% ../../nbs/lab/03_main.ipynb #7b2bdaa1
+# %% ../../nbs/lab/03_main.ipynb #e63f9db5
 @figure
 def _gallery(rows):
     "True and inverted triggers: one row an attack, seven pictures each."
