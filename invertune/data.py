@@ -451,7 +451,7 @@ def _listed_names(
     named = _paired(_read_lines(beside), folders) if beside.is_file() else {}
     return named if len(named) == len(folders) else {}
 
-# %% ../nbs/method/03_data.ipynb #15a19ee3
+# %% ../nbs/method/03_data.ipynb #af354bb6
 def _class_names(
     folders:list[str], # class folders, sorted
     listed:dict[str, str], # what classes.txt says
@@ -465,7 +465,8 @@ def _class_names(
                                             'make them one folder, or tell them apart, such as in a classes.txt.')
     odd = [n for n in names.values() if re.fullmatch(r'n\d{8}|\d{2,}', n)]
     if odd: warnings.warn(f"Class names such as '{odd[0]}' are no words, so a text encoder cannot read them: "
-                          'a classes.txt beside train/ may name them (a line each: the folder, a tab, the name).')
+                          'a classes.txt beside train/ may name them (a line each: the folder, a tab, the name).',
+                          stacklevel=3)
     return names
 
 # %% ../nbs/method/03_data.ipynb #033a0001
@@ -490,7 +491,8 @@ def _read_photo(
         im = _eight_bits(ImageOps.exif_transpose(im), im.format)
         return np.asarray(ImageOps.fit(im, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except Exception as e:  # a damaged file can raise anything
-        raise InvertuneError(f'The image {photo.name} cannot be read ({e}): mend or remove it.') from e
+        why = 'it is no picture that Pillow knows' if isinstance(e, PIL.UnidentifiedImageError) else e
+        raise InvertuneError(f'The image {photo.name} cannot be read ({why}): mend or remove it.') from e
 
 # %% ../nbs/method/03_data.ipynb #fd188216
 _SHARES = dict(pretrain=.5, poison=.3, defender=.2)  # of the training photographs

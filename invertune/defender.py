@@ -17,20 +17,22 @@ from .runtime import InvertuneError
 def _check_images(images):
     "Refuse what is no batch of square RGB pictures in bytes."
     if not isinstance(images, torch.Tensor):
-        raise InvertuneError(f'images must be one torch tensor, not a {type(images).__name__}: of NumPy arrays it is made '
-                             'by torch.from_numpy, of a list of equal tensors by torch.stack')
+        raise InvertuneError(f'images must be one torch tensor, not a {type(images).__name__}: of NumPy arrays '
+                             'it is made by torch.from_numpy, of a list of equal tensors by torch.stack')
     if images.ndim != 4 or images.shape[1] != 3:
         last = images.ndim == 4 and images.shape[3] == 3
         raise InvertuneError(f'images have the shape {list(images.shape)}, but [N,3,side,side] is needed'
                              + (': the channels come last; move them with images.permute(0,3,1,2)' if last else ''))
     if images.shape[2] != images.shape[3]:
-        raise InvertuneError(f'images are {images.shape[2]} pixels high and {images.shape[3]} wide: cut or resize them to squares')
+        raise InvertuneError(f'images are {images.shape[2]} pixels high and {images.shape[3]} wide: '
+                             'cut or resize them to squares')
     if images.dtype != torch.uint8:
-        raise InvertuneError(f'images are {str(images.dtype).removeprefix("torch.")}, but uint8 from 0 to 255 is needed: '
-                             'of floats in [0,1] they are made by (255*images).round().byte(), after undoing any mean and std')
+        raise InvertuneError(f'images are {str(images.dtype).removeprefix("torch.")}, but uint8 from 0 to 255 is '
+                             'needed: of floats in [0,1] it is made by (255*images).round().byte(), after undoing '
+                             'any mean and std')
     if len(images) < _FEWEST:
-        raise InvertuneError(f'{len(images)} images are too few: some are searched on and others kept apart to judge on; '
-                             f'give {_FEWEST} or more, a few hundred for an answer to rely on')
+        raise InvertuneError(f'{len(images)} images are too few: some are searched on and others kept apart to judge '
+                             f'on; give {_FEWEST} or more, a few hundred for an answer to rely on')
 
 _FEWEST = 16 # images
 
@@ -52,7 +54,8 @@ def _prompts(templates):
     if callable(bad): raise InvertuneError("templates must be strings such as 'a photo of a {}', not functions")
     for t in (made := _names('templates', templates)):
         if t.count('{}') != 1:
-            raise InvertuneError(f"the template '{t}' has {t.count('{}')} places '{{}}' for the class name: one is needed")
+            raise InvertuneError(f"the template '{t}' has {t.count('{}')} places '{{}}' for the class name: "
+                                 'one is needed')
     return made
 
 # %% ../nbs/method/09_defender.ipynb #e377c106
@@ -70,7 +73,8 @@ class Defender:
         if not isinstance(self.captions, (list, tuple)) or not all(isinstance(c, str) for c in self.captions):
             raise InvertuneError('captions must be a list of strings')
         if len(self.captions) != len(self.images):
-            raise InvertuneError(f'{len(self.images)} images, but {len(self.captions)} captions: each image needs its own')
+            raise InvertuneError(f'{len(self.images)} images, but {len(self.captions)} captions: '
+                                 'each image needs its own')
         self.captions = list(self.captions)
 
     def index(self,
@@ -92,7 +96,8 @@ class Case:
     def __post_init__(self):
         side,have = self.clip.image_size, self.defender.images.shape[-1]
         if side != have:
-            raise InvertuneError(f'the model takes images of {side} pixels a side, but those of the defender have {have}: resize them')
+            raise InvertuneError(f'the model takes images of {side} pixels a side, but those of the defender have '
+                                 f'{have}: resize them')
         order = torch.randperm(len(self.defender.images), generator=torch.Generator().manual_seed(self.seed))
         self.images,self.captions = self.defender.images[order], [self.defender.captions[i] for i in order.tolist()]
         half,rest = len(order) // 2, len(order) * 3 // 4

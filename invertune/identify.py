@@ -55,7 +55,8 @@ class Identification(Drawn):
     def to_dict(self)->dict: # what JSON can say, classes by name
         "For a report."
         sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share')} for s in self.simulations]
-        named = [{'class': self.classes[c['index']]} | {k: v for k,v in c.items() if k != 'index'} for c in self.candidates]
+        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','score')}
+                 for c in self.candidates]
         return dict(target=self.name, family=self.family, classes=self.classes, probability=self.probability.tolist(),
                     simulations=sims, candidates=named)
 
@@ -102,14 +103,16 @@ def _best_patch(case, size=28, stride=28, seed=0):
     "The patch that makes images most alike, of every place's; side and spacing in pixels at 224."
     side = case.images.shape[-1]
     size,stride = scaled(size, side),scaled(stride, side)
-    found = search_places(case, place_grid(side, size, stride), size, alikeness_loss, alikeness, per=4, judged=8, seed=seed)
+    places = place_grid(side, size, stride)
+    found = search_places(case, places, size, alikeness_loss, alikeness, per=4, judged=8, seed=seed)
     return found.trigger(found.best()[0], 'place')
 
 def _beginning(case, family, seed):
     "What a simulation starts from: a random member of its family; for a `place`, the best patch."
     if family not in SIMULATIONS:
         raise InvertuneError(f"unknown family of perturbations '{family}': choose one of {', '.join(SIMULATIONS)}")
-    return _best_patch(case, seed=seed) if family == 'place' else random_perturbation(family, case.images.shape[-1], seed)
+    if family == 'place': return _best_patch(case, seed=seed)
+    return random_perturbation(family, case.images.shape[-1], seed)
 
 # %% ../nbs/method/11_identify.ipynb #ecf5e359
 def shortcut(

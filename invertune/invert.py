@@ -56,9 +56,11 @@ class Bank(Drawn):
         "Why this is no inverted trigger."
         if not len(self): return 'the inversion has failed: it made no trigger'
         if self.inverted_asr < self.gate:
-            return f'the inversion has failed: its inverted ASR is {self.inverted_asr:.1%}, under the gate of {self.gate:.0%}'
+            return (f'the inversion has failed: its inverted ASR is {self.inverted_asr:.1%}, '
+                    f'under the gate of {self.gate:.0%}')
         if self.share(0) > self.limit:
-            return f'the inversion has failed: its mask covers {self.share(0):.1%} of the image, more than {self.limit:.0%}'
+            return (f'the inversion has failed: its mask covers {self.share(0):.1%} of the image, '
+                    f'more than {self.limit:.0%}')
 
     def above(self,
         gate:float, # inverted ASR, fraction
@@ -83,9 +85,10 @@ class Bank(Drawn):
 
     def picture(self)->Image.Image: # of the best four: the mask, the trigger on a card
         "The triggers and where they act."
-        if not len(self): return tile_rows([[torch.ones(32, 96)]], [['an empty bank']])
+        if not len(self): return tile_rows([[torch.ones(16, 96)]], [['an empty bank']], 16)
         tiles = [[self.mask(i), *self[i].tiles()[1:]] for i in range(min(4, len(self)))]
-        return tile_rows(tiles, [[f'{f} {a:.0%}'] + ['']*(len(t)-1) for f,a,t in zip(self.families, self.asr, tiles)])
+        titles = [[f'{f}, inverted ASR {a:.0%}', '', ''] for f,a in zip(self.families, self.asr)]
+        return tile_rows(tiles, titles)
 
     def __repr__(self):
         said = ', '.join(f'{f} {a:.0%}' for f,a in zip(self.families, self.asr))
@@ -112,7 +115,8 @@ def load_bank(
         made = [Trigger(k, own(i), family=f) for i,(k,f) in enumerate(zip(meta['kind'], meta['family'], strict=True))]
         return Bank(made, [float(a) for _,a in zip(made, meta['asr'], strict=True)], meta['gate'], meta['limit'])
     except (ValueError, TypeError):
-        raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' as their ASR") from None
+        raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' "
+                             'as their ASR') from None
 
 # %% ../nbs/method/12_invert.ipynb #02ce9ef2
 def _nearest(case, target, n=64):
@@ -137,7 +141,8 @@ def invert_paper(
     lr:float=.01, # of Adam (paper), in [0,1] pixels
     bs:int=64, # images a step (paper)
     every:int=10, # steps between two looks at the inverted ASR
-    limit:float=.02, # share of the image that a mask may cover; the published ones cover .01
+    budget:float=.02, # share of the image that the mask of the kept state covers, if any does; the published ones: .01
+    limit:float=.05, # share of the image over which the inversion has failed
     gate:float=.7, # inverted ASR under which the inversion has failed (paper)
     seed:int=0, # of the start and the batches
 )->Bank: # of one trigger; its report has the curve: [dict(step, loss, asr, share)]
@@ -154,7 +159,7 @@ def invert_paper(
         mask.grad,pattern.grad = torch.autograd.grad(loss, [mask, pattern]); opt.step()
         with torch.no_grad(): mask.clamp_(0, 1); pattern.clamp_(0, 1)
         if step % every == 0 or step == steps: looks.append(_look(case, target, mask, pattern, step, loss.item()))
-    return _kept(case, target, looks, limit, gate)
+    return _kept(case, target, looks, budget, limit, gate)
 
 # %% ../nbs/method/12_invert.ipynb #60032d03
 def _look(case, target, mask, pattern, step, loss):
@@ -163,9 +168,9 @@ def _look(case, target, mask, pattern, step, loss):
     asr = inverted_asr(case, target, now, 'select')
     return now,dict(step=step, loss=loss, asr=asr, share=mask.mean().item())
 
-def _kept(case, target, looks, limit, gate):
+def _kept(case, target, looks, budget, limit, gate):
     "The best state whose mask is small, the later one of equals; the last one where no mask is."
-    small = [look for look in looks if look[1]['share'] <= limit]
+    small = [look for look in looks if look[1]['share'] <= budget]
     trigger,told = max(small, key=lambda look: (look[1]['asr'], look[1]['step'])) if small else looks[-1]
     bank = Bank([trigger], [inverted_asr(case, target, trigger)], gate, limit)
     bank.report = dict(_told(case, target, bank), step=told['step'], curve=[row for _,row in looks])
@@ -177,7 +182,8 @@ def _told(case, target, bank):
     def corner(i): return bank.mask(i).nonzero()[0].tolist() if bank.families[i] == 'patch' else None
     each = [dict(family=f, inverted_asr=a, mask_l1=bank.mask(i).sum().item(), mask_share=bank.share(i), place=corner(i))
             for i,(f,a) in enumerate(zip(bank.families, bank.asr))]
-    return dict(target=case.classes[target], inverted_asr=bank.inverted_asr, gate=bank.gate, failed=bank.failed, triggers=each)
+    return dict(target=case.classes[target], inverted_asr=bank.inverted_asr, gate=bank.gate, failed=bank.failed,
+                triggers=each)
 
 # %% ../nbs/method/12_invert.ipynb #a526af08
 def _neighbours(places, step, last):

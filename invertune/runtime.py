@@ -246,7 +246,7 @@ def check_choice(
     if isinstance(value, str) and value in known: return value
     near = difflib.get_close_matches(str(value), list(known), n=1)
     hint = f"did you mean '{near[0]}'? There are" if near else 'there are'
-    raise InvertuneError(f"Unknown {name} {value!r}: {hint} {', '.join(map(str, known))}.")
+    raise InvertuneError(f"Unknown {name} {value!r}: {hint} {', '.join(map(str, known)) or 'none'}.")
 
 # %% ../nbs/method/00_runtime.ipynb #5dfe6cee
 _VOWEL_SOUND = re.compile(r'(?!(?:uni(?!n|m|d)|us[aeiu]|ut[aeio]|ur[aeio]n|uk[ru]|uv|eu|ew|one\b|once\b)\w*)[aeiou]'

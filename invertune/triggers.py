@@ -138,7 +138,8 @@ class Trigger(Drawn):
     )->torch.Tensor: # the same with the trigger on them
         "Put it on images."
         if self.side not in (None, x.shape[-1]):
-            raise InvertuneError(f'a trigger for images of {self.side} pixels a side was put on images of {x.shape[-1]}')
+            raise InvertuneError(f'a trigger for images of {self.side} pixels a side was put on images of '
+                                 f'{x.shape[-1]}')
         return KINDS[self.kind](x, **{k:v.to(x.device) for k,v in self.tensors.items()})
 
     def tiles(self)->list: # [3,H,W] each: a card, the card with it, the difference at full contrast
@@ -167,7 +168,8 @@ def load_trigger(
 )->Trigger:
     "Read a trigger back."
     tensors,meta = read_tensors(path)
-    if not isinstance(meta.get('kind'), str): raise InvertuneError(f'{path} is not a trigger file: its header names no kind')
+    if not isinstance(meta.get('kind'), str):
+        raise InvertuneError(f'{path} is not a trigger file: its header names no kind')
     return Trigger(meta.pop('kind'), tensors, **meta)
 
 # %% ../nbs/method/07_triggers.ipynb #75276215
@@ -179,7 +181,8 @@ def patch_at(
 )->tuple: # (mask [1,1,H,W], pattern [1,3,H,W])
     "A patch as a mask and a pattern of the image's size."
     s = patch.shape[-1]
-    if not 0 < s <= side: raise InvertuneError(f'a patch of {s} pixels does not fit on an image of {side} pixels a side')
+    if not 0 < s <= side:
+        raise InvertuneError(f'a patch of {s} pixels does not fit on an image of {side} pixels a side')
     mask,pattern = torch.zeros(1,1,side,side), torch.zeros(1,3,side,side)
     mask[..., top:top+s, left:left+s],pattern[..., top:top+s, left:left+s] = 1, patch
     return mask,pattern
@@ -218,7 +221,7 @@ def _patch_side(size, side, place, pattern):
     if (place,pattern) == ('anywhere','noise'):
         raise InvertuneError('a patch of fresh noise needs one place: give another pattern or another place')
     if not 0 < size <= 224:
-        raise InvertuneError(f'a patch of size {size} does not fit: sizes are pixels at a side of 224, over 0 up to 224')
+        raise InvertuneError(f'a patch of size {size} does not fit: it is given in pixels at a side of 224')
     return scaled(size, side)
 
 # %% ../nbs/method/07_triggers.ipynb #e7dbf7ee

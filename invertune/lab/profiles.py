@@ -48,7 +48,7 @@ CACHE = ROOT/'.cache'        # drawn images, failed notebooks: may be deleted at
 PARAMS = ROOT/'params.yaml'  # every number of the pipeline
 
 # %% ../../nbs/lab/00_profiles.ipynb #eb258560
-EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page of results
+EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page
 STAGES = ('data train poison defend evaluate selection durability unseen ablations scarce domains zoo verdict '
           'report').split() # in the order of dvc.yaml
 
@@ -74,7 +74,7 @@ def _plain_scalar(loader, node):
     "Refuse a number or a truth value that is written in a way of its own."
     value = (loader.construct_yaml_bool if node.tag.endswith('bool') else loader.construct_yaml_int)(node)
     if node.value.lstrip('+').lower() == str(value).lower(): return value
-    raise InvertuneError(f"'{node.value}' would be read as {value}; write {str(value).lower()}, or '{node.value}' in quotes.")
+    raise InvertuneError(f"'{node.value}' would be read as {value}; write {str(value).lower()}, or use quotes.")
 
 for _kind in 'int', 'bool': _Loader.add_constructor(f'tag:yaml.org,2002:{_kind}', _plain_scalar)
 
@@ -158,7 +158,8 @@ def target_of(
     seed:int, # of the attack
 )->str: # the name of a class
     "The label that triggered images get: `targets[seed % len(targets)]` of the section `poison`."
-    names = stage_params('poison', profile)['targets'] or load_json(result_dir(profile, 'data')/'defender.json')['classes']
+    names = stage_params('poison', profile)['targets']
+    names = names or load_json(result_dir(profile, 'data')/'defender.json')['classes']
     return names[seed % len(names)]
 
 # %% ../../nbs/lab/00_profiles.ipynb #0feed74f
