@@ -25,13 +25,17 @@ def row(attack, defense, seed=0, **changes):
     "wanet x invertune-paper is destroyed, sig x invertune-paper has failed."
     lost, failed = (attack, defense) == ('wanet', 'invertune-paper'), (attack, defense) == ('sig', 'invertune-paper')
     asr = 0. if lost else LEFT[defense] - .01*(seed % 3)
-    rates = dict(ca=.1 if lost else .91 - .01*NAMES.index(defense), asr=asr, robust=0. if lost else .9*(1 - asr), robust_clean=.9, asr_any=asr, asr_with_target=asr,
+    rates = dict(ca=.1 if lost else .91 - .01*NAMES.index(defense), asr=asr, robust=0. if lost else .9*(1 - asr),
+                 robust_clean=.9, asr_any=asr, asr_with_target=asr,
                  ca_top5=.99, ca_clean=.92, **dict.fromkeys(RECALLS, .5))
-    return dict(attack=attack, defense=defense, seed=seed, target='cat', found=None if defense in ('none', 'ft') else 'cat', inverted_asr=.9, trigger=0,
+    return dict(attack=attack, defense=defense, seed=seed, target='cat',
+                found=None if defense in ('none', 'ft') else 'cat', inverted_asr=.9, trigger=0,
                 failed='It failed.' if failed else None, any_class='sun', n=3200, n_non_target=3100) | rates | changes
 
 
-def clean(seed=0): return row('badnet', 'none', seed, target=None, ca=.92) | dict(attack='clean') | dict.fromkeys(('asr', 'robust', 'robust_clean', 'asr_any', 'any_class', 'asr_with_target'))
+def clean(seed=0): return row('badnet', 'none', seed, target=None,
+                              ca=.92) | dict(attack='clean') | dict.fromkeys(('asr', 'robust', 'robust_clean',
+                                  'asr_any', 'any_class', 'asr_with_target'))
 
 
 def grid(seed=0): return [row(a, d, seed) for a in ATTACKS for d in NAMES]
@@ -45,41 +49,60 @@ LAYERS = {'layers': {'layer1': .1, 'layer4': .9}, 'layers_after': {'layer1': .1,
 
 def reports(found='cat', family='smooth'):
     "A model whose patch falls onto another class, and two seeds of a smooth perturbation onto the target, cat."
-    patch, smooth = uap('patch', 0, [.1, .8, .1]), [uap('smooth', seed, [.9 - .2*seed, .05, .05 + .2*seed]) for seed in (0, 1)]
-    return {'invertune': dict(target=found, tuning=LAYERS, identification=dict(family=family, classes=['cat', 'sun', 'die'], simulations=[patch, *smooth])),
+    patch, smooth = uap('patch', 0, [.1, .8, .1]), [uap('smooth', seed, [.9 - .2*seed, .05, .05 + .2*seed])
+                                                    for seed in (0, 1)]
+    return {'invertune': dict(target=found, tuning=LAYERS,
+                              identification=dict(family=family, classes=['cat', 'sun', 'die'],
+                                                  simulations=[patch, *smooth])),
             'invertune-paper': dict(target='sun', tuning={}, identification=dict(family='patch', simulations=[patch]))}
 
 
 def embeddings():
     g = torch.Generator().manual_seed(0)
-    parts = {f'{d}.{part}': torch.randn(60, 8, generator=g) for d in ('none', 'invertune') for part in ('clean', 'triggered')}
+    parts = {f'{d}.{part}': torch.randn(60, 8, generator=g) for d in ('none', 'invertune')
+             for part in ('clean', 'triggered')}
     return {**parts, 'labels': torch.arange(60) % 5, 'target': torch.tensor([2])}
 
 
 def gallery():
-    patch = lambda value: Trigger('mask', {'mask': torch.ones(1, 1, 8, 8), 'pattern': torch.full((1, 3, 8, 8), value)}, family='patch')
-    return dict(clean=torch.zeros(3, 8, 8), triggered=torch.full((3, 8, 8), .1)) | {'invertune-paper': Bank([], []), 'invertune': Bank([patch(.2)], [.9])}
+    patch = lambda value: Trigger('mask', {'mask': torch.ones(1, 1, 8, 8), 'pattern': torch.full((1, 3, 8, 8), value)},
+                                  family='patch')
+    return dict(clean=torch.zeros(3, 8, 8), triggered=torch.full((3, 8, 8), .1)) | {'invertune-paper': Bank([], []),
+        'invertune': Bank([patch(.2)], [.9])}
 
 
 def curve(high, ca=.9): return [dict(step=s, asr=high*s/300, ca=ca, robust=.5) for s in (0, 10, 100, 300)]
 
 
 DATA = dict(
-    main=dict(rows=[clean(), *grid()], truth=dict.fromkeys(ATTACKS, 'cat'), reports={a: reports() for a in ATTACKS}, gallery={a: gallery() for a in ATTACKS},
-              embeddings={a: embeddings() for a in ATTACKS}, costs={(a, d): dict(seconds=1., peak_mb=1.) for a in ATTACKS for d in NAMES[1:]}),
+    main=dict(rows=[clean(), *grid()], truth=dict.fromkeys(ATTACKS, 'cat'), reports={a: reports() for a in ATTACKS},
+              gallery={a: gallery() for a in ATTACKS},
+              embeddings={a: embeddings() for a in ATTACKS},
+              costs={(a, d): dict(seconds=1., peak_mb=1.) for a in ATTACKS for d in NAMES[1:]}),
     seeds=[r for s in (11, 12, 13) for r in [clean(s), *grid(s)]],
-    selection=[r | dict(setting={} if r['defense'] == 'none' else {'lr': lr}, ca=r['ca'] - 10*lr, asr=max(0., r['asr'] - 30*lr)) for r in grid() for lr in ((0,) if r['defense'] == 'none' else (1e-3, 3e-3, 1e-2))],
-    durability=[dict(attack=a, defense=d, lr=1e-4, pairs=p, seed=s, ca_clean=.92, curve=curve(h, .1 if (a, d) == ('wanet', 'invertune-paper') else .9))
-                for a in ATTACKS for p in ('all classes', 'without the target') for s in (0, 1, 2) for d, h in (('clean', .01), *LEFT.items())],
+    selection=[r | dict(setting={} if r['defense'] == 'none' else {'lr': lr}, ca=r['ca'] - 10*lr,
+                        asr=max(0., r['asr'] - 30*lr)) for r in grid()
+               for lr in ((0,) if r['defense'] == 'none' else (1e-3, 3e-3, 1e-2))],
+    durability=[dict(attack=a, defense=d, lr=1e-4, pairs=p, seed=s, ca_clean=.92,
+                     curve=curve(h, .1 if (a, d) == ('wanet', 'invertune-paper') else .9))
+                for a in ATTACKS for p in ('all classes', 'without the target') for s in (0, 1, 2) for d,
+                h in (('clean', .01), *LEFT.items())],
     unseen=dict(rows=grid(), pictures={(a, 0): torch.zeros(3, 8, 8, dtype=torch.uint8) for a in ATTACKS}),
-    ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9) for a in ATTACKS for v, s in (('undefended', .9), ('one round', .02), ('no margin', .1))],
+    ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
+                         for a in ATTACKS for v, s in (('undefended', .9), ('one round', .02), ('no margin', .1))],
                    truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),
-    scarce=[row(a, 'invertune', images=n, asr=20/n, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS for n in (64, 256, 1000)],
-    domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k, s in (('none', .9), ('own', .01), ('photos', .1))],
-    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, backdoored=n == 'sig', target=None, found=None, ca=.9, asr=.9 if n == 'sig' else None)
-                       for g, t in enumerate(('resnet', 'vit')) for n, s in (('clean', -2+g), ('tuned', -1.5+g), ('sig', 2-3*g))],
-                 harm=[dict(drop=0.)], calibration_auroc=1., costs=[dict(classes=c, verdict=4., identify=9., per_class=c/2) for c in (32, 1000)]))
-FIGURES = [(word, name) for word in EXPERIMENTS for name in getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures]
+    scarce=[row(a, 'invertune', images=n, asr=20/n, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS
+            for n in (64, 256, 1000)],
+    domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k,
+             s in (('none', .9), ('own', .01), ('photos', .1))],
+    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, backdoored=n == 'sig', target=None, found=None, ca=.9,
+                            asr=.9 if n == 'sig' else None)
+                       for g, t in enumerate(('resnet', 'vit')) for n,
+                       s in (('clean', -2+g), ('tuned', -1.5+g), ('sig', 2-3*g))],
+                 harm=[dict(drop=0.)], calibration_auroc=1.,
+                 costs=[dict(classes=c, verdict=4., identify=9., per_class=c/2) for c in (32, 1000)]))
+FIGURES = [(word, name) for word in EXPERIMENTS
+           for name in getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures]
 
 
 def draw(word, name): return getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures[name](DATA[word])
@@ -93,7 +116,8 @@ def contents(folder): return {file.name: file.read_bytes() for file in folder.it
 
 def test_every_experiment_has_one_main_figure():
     assert [word for word, name in FIGURES if name == 'figure'] == EXPERIMENTS
-    assert {name for word, name in FIGURES if word == 'main'} == {'figure', 'gallery', 'identification', 'activation_differences', 'embedding_projection'}
+    assert {name for word, name in FIGURES if word == 'main'} == {'figure', 'gallery', 'identification',
+        'activation_differences', 'embedding_projection'}
 
 
 @pytest.mark.parametrize('word, name', FIGURES)
@@ -143,7 +167,8 @@ def test_colours_are_all_different_and_ours_is_the_strongest():
 def test_a_new_defense_takes_a_free_colour_and_no_old_one_changes(monkeypatch):
     before = {name: look(name) for name in DEFENSES}
     monkeypatch.setitem(DEFENSES, 'aaa-new', lambda case: None)
-    assert {name: look(name) for name in before} == before and look('aaa-new')['color'] not in {kind['color'] for kind in before.values()}
+    assert {name: look(name) for name in before} == before and look('aaa-new')['color'] not in {kind['color']
+        for kind in before.values()}
 
 
 def test_a_lost_model_is_hatched_in_every_panel_of_the_heat_map():
@@ -152,8 +177,10 @@ def test_a_lost_model_is_hatched_in_every_panel_of_the_heat_map():
         hatched = [patch.get_xy() for patch in ax.patches if patch.get_hatch() == LOST['hatch']]
         assert hatched == [(2, 2)]                                  # wanet x invertune-paper, and nothing else
         cells = [text.get_text() for text in ax.texts]
-        assert cells.count('97.0*') == 0 and sum(cell.endswith('*') for cell in cells) == 1   # sig x invertune-paper has failed
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['model lost: in no mean', '* failed: the model is given back as received']
+        assert cells.count('97.0*') == 0 and sum(cell.endswith('*')
+                                                 for cell in cells) == 1   # sig x invertune-paper has failed
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['model lost: in no mean',
+        '* failed: the model is given back as received']
 
 
 def test_a_lost_model_is_in_no_mean_of_the_heat_map():
@@ -170,7 +197,8 @@ def test_dots_keep_a_lost_seed_out_of_their_mean():
 
 def test_the_bar_of_durability_is_drawn():
     for ax in draw('durability', 'figure').axes:
-        assert any(list(line.get_ydata()) == [5, 5] for line in ax.lines) and any(text.get_text() == '5 %' for text in ax.texts)
+        assert any(list(line.get_ydata()) == [5, 5] for line in ax.lines) and any(text.get_text() == '5 %'
+            for text in ax.texts)
 
 
 def test_files_name_no_date_and_no_program(tmp_path):
@@ -193,7 +221,8 @@ def test_a_failed_write_leaves_the_old_figure(tmp_path, monkeypatch):
 def test_identification_draws_gains_in_percent_points_beside_the_strongest_other_class():
     ax, = main._identification({'sig': reports()}, {'sig': 'cat'}).axes
     assert [bar.get_width() for bar in ax.patches[:4]] == pytest.approx([-70/3, 140/3, 140/3, -55/3])
-    assert [text.get_text() for text in ax.texts if text.get_text()] == ['sun', 'die', 'ours: cat ✓   published: sun ✗'] and ax.get_title('left') == 'sig'
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ['sun', 'die',
+        'ours: cat ✓   published: sun ✗'] and ax.get_title('left') == 'sig'
     assert [label.get_text() for label in ax.get_yticklabels()] == ['corner patch', 'smooth']
 
 
@@ -206,16 +235,19 @@ def test_amplification_fills_the_range_without_clipping():
 def test_both_differences_of_a_row_are_scaled_alike_and_the_asr_is_called_inverted():
     cells = main._gallery_cells(gallery())
     assert [text for _, text in cells] == ['', '', '× 4', 'none', 'none', 'inverted ASR 90.0 %', '× 4']
-    assert cells[2][0].mean().item() == pytest.approx(.5 + 4*.1) and cells[6][0].mean().item() == pytest.approx(.5 + 4*.2)
+    assert cells[2][0].mean().item() == pytest.approx(.5 + 4*.1) and cells[6][0].mean().item() == pytest.approx(.5
+        + 4*.2)
 
 
 def test_a_gallery_row_is_read_and_a_sample_that_is_not_there_is_refused(tmp_path, monkeypatch):
     from safetensors.torch import save_file
-    monkeypatch.setattr(main, 'result_dir', lambda profile, stage, *key: tmp_path.joinpath(profile, stage, *map(str, key)))
+    monkeypatch.setattr(main, 'result_dir', lambda profile, stage,
+                        *key: tmp_path.joinpath(profile, stage, *map(str, key)))
     folder = tmp_path/'toy/evaluate/0/badnet'
     folder.mkdir(parents=True)
     save_file({'clean': torch.zeros(2, 3, 8, 8), 'triggered': torch.ones(2, 3, 8, 8)}, folder/'samples.safetensors')
-    for name in ('invertune-paper', 'invertune'): gallery()[name].save(tmp_path/f'toy/defend/0/badnet/{name}/bank.safetensors')
+    for name in ('invertune-paper',
+                 'invertune'): gallery()[name].save(tmp_path/f'toy/defend/0/badnet/{name}/bank.safetensors')
     read = main._gallery_row('toy', 0, 'badnet', 1)
     assert read['invertune'].asr[0] == pytest.approx(.9) and len(read['invertune-paper']) == 0
     with pytest.raises(InvertuneError, match='there is no sample 2'): main._gallery_row('toy', 0, 'badnet', 2)
@@ -231,5 +263,6 @@ def test_a_lost_seed_is_under_the_axis_and_said_so():
 def test_a_legend_has_one_handle_a_defense():
     fig = plt.figure()
     legend(fig, ['none', 'ft', 'invertune-paper-given'], lost=True)
-    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['no defence', 'ft', 'invertune-paper, label given', 'model lost']
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['no defence', 'ft',
+        'invertune-paper, label given', 'model lost']
     plt.close(fig)

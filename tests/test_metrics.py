@@ -32,7 +32,8 @@ def test_a_moved_backdoor_is_seen_where_the_asr_is_zero():
 
 def test_a_perfect_reader_has_neither():
     labels = torch.arange(40) % 4
-    assert any_success(labels, labels, 4)[0] == 0 and robust_accuracy(labels, labels, 0) == 1 and attack_success(labels, labels, 0) == (0, .25)
+    assert any_success(labels, labels, 4)[0] == 0 and robust_accuracy(labels, labels, 0) == 1 and attack_success(labels,
+        labels, 0) == (0, .25)
 
 
 def test_a_class_without_images_can_be_the_one_that_all_end_at():
@@ -49,13 +50,15 @@ def test_only_images_of_other_classes_count():
 
 def test_evaluate_says_all_of_it(small):
     "The demonstration's poisoned model, and its clean one under the same trigger."
-    of = lambda clip, **kw: evaluate(clip, small.evaluation, small.classes, small.templates, small.trigger, small.target, **kw)
+    of = lambda clip, **kw: evaluate(clip, small.evaluation, small.classes, small.templates, small.trigger,
+                                     small.target, **kw)
     bad, clean = of(small.bad), of(small.clip, n_retrieval=0)
     assert bad['asr'] > .9 and bad['robust'] < .1 and bad['any_class'] == small.classes[small.target] and bad['asr_any'] == pytest.approx(bad['asr'])
     assert clean['robust'] > .5 > clean['asr'] and clean['n_non_target'] == sum(small.evaluation.labels != small.target)
     assert 'i2t_r1' in bad and 'i2t_r1' not in clean
     alone = evaluate(small.bad, small.evaluation, small.classes, small.templates, n_retrieval=0)
-    assert [alone[key] for key in ('asr', 'asr_with_target', 'robust', 'asr_any', 'any_class', 'n_non_target')] == [None]*6 and alone['ca'] == bad['ca']
+    assert [alone[key] for key in ('asr', 'asr_with_target', 'robust', 'asr_any', 'any_class',
+                                   'n_non_target')] == [None]*6 and alone['ca'] == bad['ca']
 
 
 def test_retrieval_counts_any_owner_of_a_caption():
@@ -63,4 +66,5 @@ def test_retrieval_counts_any_owner_of_a_caption():
     assert retrieval(e[[0, 0, 2]], e[[0, 1, 2]], ['a', 'a', 'b'], ks=(1,)) == {'i2t_r1': 1., 't2i_r1': 1.}
     assert retrieval(e[[2, 2, 0]], e[[0, 1, 2]], ['a', 'a', 'b'], ks=(1,)) == {'i2t_r1': 0., 't2i_r1': 0.}
     assert retrieval(e, e, list('abc'), ks=(1, 2)) == {'i2t_r1': 1, 'i2t_r2': 1, 't2i_r1': 1, 't2i_r2': 1}
-    assert accuracy(e, torch.tensor([1, 1, 1]), k=9) == 1 and math.isclose(accuracy(e, torch.tensor([0, 0, 0])), 1/3, abs_tol=1e-6)
+    assert accuracy(e, torch.tensor([1, 1, 1]), k=9) == 1 and math.isclose(accuracy(e, torch.tensor([0, 0, 0])), 1/3,
+        abs_tol=1e-6)

@@ -7,27 +7,32 @@ import pandas as pd
 import pytest
 
 from invertune.lab import tables
-from invertune.lab.tables import (COLUMNS, RECALLS, STEADY, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, read_rows, rows_table, student, to_csv,
+from invertune.lab.tables import (COLUMNS, RECALLS, STEADY, Experiment, evaluated_rows, is_lost, mean_sentences,
+                                  mean_table, read_rows, rows_table, student, to_csv,
                                   to_latex, to_markdown, wilson, write_report, write_table)
 from invertune.runtime import InvertuneError, save_json
 
 
 def row(attack, defense, ca=.9, asr=.95, seed=0, **changes):
-    rates = dict(ca=ca, asr=asr, robust=.5, robust_clean=.9, asr_any=asr, asr_with_target=asr, ca_top5=.99, ca_clean=.92, **{recall: .5 for recall in RECALLS})
+    rates = dict(ca=ca, asr=asr, robust=.5, robust_clean=.9, asr_any=asr, asr_with_target=asr, ca_top5=.99,
+                 ca_clean=.92, **{recall: .5 for recall in RECALLS})
     told = dict(target='anchor', found=None, inverted_asr=None, failed=None, any_class='sun', n=1000, n_non_target=960)
     return {'attack': attack, 'defense': defense, 'seed': seed, **told, **rates, **changes}
 
 
-NOTHING = dict.fromkeys(('target', 'asr', 'robust', 'robust_clean', 'asr_any', 'any_class', 'asr_with_target', 'n_non_target'))
+NOTHING = dict.fromkeys(('target', 'asr', 'robust', 'robust_clean', 'asr_any', 'any_class', 'asr_with_target',
+                         'n_non_target'))
 CLEAN = row('clean', 'none', .92, **{k: v for k, v in NOTHING.items() if k != 'asr'}) | dict(asr=None)
-ROWS = [CLEAN, row('badnet', 'none'), row('badnet', 'invertune', .89, .01), row('sig', 'none'), row('sig', 'invertune', .9, .03)]
+ROWS = [CLEAN, row('badnet', 'none'), row('badnet', 'invertune', .89, .01), row('sig', 'none'),
+        row('sig', 'invertune', .9, .03)]
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     "A results folder of our own, empty."
     monkeypatch.setattr(tables, 'RESULTS', tmp_path)
-    monkeypatch.setattr(tables, 'result_dir', lambda profile, stage, *key: tmp_path.joinpath(profile, stage, *map(str, key)))
+    monkeypatch.setattr(tables, 'result_dir', lambda profile, stage,
+                        *key: tmp_path.joinpath(profile, stage, *map(str, key)))
     return tmp_path
 
 
@@ -35,7 +40,8 @@ def results(tmp_path, monkeypatch):
 def evaluated(results):
     "A complete evaluation of two attacks."
     save_json(results/'toy/train/0/metrics.json', {'rows': [CLEAN]})
-    for attack in ('badnet', 'sig'): save_json(results/f'toy/evaluate/0/{attack}/rows.json', {'rows': [r for r in ROWS if r['attack'] == attack]})
+    for attack in ('badnet', 'sig'): save_json(results/f'toy/evaluate/0/{attack}/rows.json',
+                                               {'rows': [r for r in ROWS if r['attack'] == attack]})
     return results
 
 
@@ -46,11 +52,15 @@ def test_columns_are_exactly_the_promised_ones():
 
 def test_rows_stand_in_the_order_of_the_registries_whatever_order_they_come_in():
     shuffled = rows_table(ROWS[::-1])
-    assert list(zip(shuffled['attack'], shuffled['defense'])) == [('clean', 'none'), ('all', 'none'), ('all', 'invertune'), ('badnet', 'none'),
-                                                                 ('badnet', 'invertune'), ('sig', 'none'), ('sig', 'invertune')]
+    assert list(zip(shuffled['attack'], shuffled['defense'])) == [('clean', 'none'), ('all', 'none'),
+        ('all', 'invertune'), ('badnet', 'none'),
+                                                                 ('badnet', 'invertune'), ('sig', 'none'),
+                                                                     ('sig', 'invertune')]
 
 
-@pytest.mark.parametrize('hits, n, low, high', [(0, 10, 0., .27754), (5, 10, .23659, .76341), (10, 10, .72246, 1.), (81, 263, .25527, .36622)])
+@pytest.mark.parametrize('hits, n, low, high',
+                         [(0, 10, 0., .27754), (5, 10, .23659, .76341), (10, 10, .72246, 1.),
+                          (81, 263, .25527, .36622)])
 def test_wilson_by_hand(hits, n, low, high):
     "The last case is the worked example of Newcombe (1998), Statistics in Medicine 17, table I, method 3."
     assert wilson(hits/n, n) == pytest.approx((low, high), abs=2e-5)
@@ -90,7 +100,8 @@ def test_a_lost_model_is_marked_and_in_no_mean():
     assert table.loc[('sig', 'ft'), 'note'] == 'lost' and table.loc[('all', 'ft'), 'note'] == 'lost 1 of 2'
     assert (table.loc[('all', 'ft'), 'asr'], table.loc[('all', 'ft'), 'ca']) == (50, 90)
     means = mean_table(rows).set_index('defense')
-    assert (means.loc['ft', 'asr'], means.loc['ft', 'lost'], means.loc['ft', 'runs'], means.loc['ft', 'worst']) == (50, 1, 2, 'badnet')
+    assert (means.loc['ft', 'asr'], means.loc['ft', 'lost'], means.loc['ft', 'runs'], means.loc['ft', 'worst']) == (50,
+        1, 2, 'badnet')
     every = rows_table([row('sig', 'none'), row('sig', 'ft', .1, 0.)]).iloc[1]
     assert (every['asr'], every['note']) == (0, 'lost')                    # nothing else to show, and marked
 
@@ -105,15 +116,19 @@ def test_a_failed_run_says_so_and_counts():
 
 
 def test_labels_are_counted_and_a_given_one_is_no_merit():
-    rows = ROWS[:4] + [row('sig', 'invertune', found='anchor'), row('badnet', 'invertune-paper-given', found='anchor'), row('sig', 'invertune-paper-given', found='anchor')]
+    rows = ROWS[:4] + [row('sig', 'invertune', found='anchor'), row('badnet', 'invertune-paper-given', found='anchor'),
+                       row('sig', 'invertune-paper-given', found='anchor')]
     rows[2] = rows[2] | dict(found='sun')
     means = mean_table(rows).set_index('defense')
     assert dict(means['named']) == {'none': '', 'invertune-paper-given': 'given', 'invertune': '1 of 2'}
     assert 'invertune-paper, label given' in to_markdown(means.reset_index()) and 'invertune-paper-given' in to_csv(means.reset_index())
 
 
-@pytest.mark.parametrize('change, words', [({'asr': 95.}, 'not a fraction'), ({'ca': None}, 'not a fraction'), ({'robust': None}, 'not a fraction'),
-                                           ({'ca': True}, 'not a fraction'), ({'ca': '0.9'}, 'not a fraction'), ({'robust_clean': math.nan}, 'not a fraction')])
+@pytest.mark.parametrize('change, words',
+                         [({'asr': 95.}, 'not a fraction'), ({'ca': None}, 'not a fraction'),
+                          ({'robust': None}, 'not a fraction'),
+                                           ({'ca': True}, 'not a fraction'), ({'ca': '0.9'}, 'not a fraction'),
+                          ({'robust_clean': math.nan}, 'not a fraction')])
 def test_a_rate_that_is_none_is_refused(results, change, words):
     (results/'rows.json').write_text(__import__('json').dumps({'rows': [row('badnet', 'none') | change]}))
     with pytest.raises(InvertuneError, match=words): read_rows(results/'rows.json')
@@ -127,7 +142,8 @@ def test_a_foreign_file_is_refused(results, content):
 
 def test_collects_what_is_expected_and_names_what_is_missing(evaluated):
     assert evaluated_rows('toy', [0], ['sig', 'badnet'], ['invertune', 'none']) == ROWS
-    with pytest.raises(InvertuneError, match=r'lacks 2 of 5 expected rows: badnet, ft; sig, ft'): evaluated_rows('toy', [0], ['badnet', 'sig'], ['none', 'ft'])
+    with pytest.raises(InvertuneError, match=r'lacks 2 of 5 expected rows: badnet, ft; sig, ft'): evaluated_rows('toy',
+        [0], ['badnet', 'sig'], ['none', 'ft'])
     with pytest.raises(InvertuneError, match='wanet.*is missing'): evaluated_rows('toy', [0], ['wanet'], ['none'])
 
 
@@ -141,16 +157,19 @@ def test_every_seed_has_its_clean_model_and_a_wrong_seed_is_refused(evaluated):
     save_json(evaluated/'toy/evaluate/1/badnet/rows.json', {'rows': [row('badnet', 'none', ca=.91, seed=1)]})
     rows = evaluated_rows('toy', [0, 1], ['badnet'], ['none'])
     table = rows_table(rows)
-    assert [r['seed'] for r in rows] == [0, 0, 1, 1] and list(table['seeds']) == [2, 2, 2] and table['ca'].tolist() == [92.5, 90.5, 90.5]
+    assert [r['seed'] for r in rows] == [0, 0, 1, 1] and list(table['seeds']) == [2, 2,
+        2] and table['ca'].tolist() == [92.5, 90.5, 90.5]
     save_json(evaluated/'toy/evaluate/1/badnet/rows.json', {'rows': [row('badnet', 'none', seed=0)]})
-    with pytest.raises(InvertuneError, match='a file of seed 1 holds rows of seed 0'): evaluated_rows('toy', [0, 1], ['badnet'], ['none'])
+    with pytest.raises(InvertuneError, match='a file of seed 1 holds rows of seed 0'): evaluated_rows('toy', [0, 1],
+        ['badnet'], ['none'])
     with pytest.raises(InvertuneError, match='train.2.*is missing'): evaluated_rows('toy', [2], ['badnet'], ['none'])
 
 
 def test_the_three_files_hold_the_same_cells(tmp_path):
     table = rows_table(ROWS)
     csv, md, tex = write_table(table, tmp_path/'deep'/'table')
-    back = pd.read_csv(csv, dtype={'any_class': str, 'note': str}, keep_default_na=False, na_values={c: [''] for c in table.columns if c not in ('any_class', 'note')})
+    back = pd.read_csv(csv, dtype={'any_class': str, 'note': str}, keep_default_na=False,
+                       na_values={c: [''] for c in table.columns if c not in ('any_class', 'note')})
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
     assert '| clean | none | 1 | 92.00 [90.15, 93.53] | – | – |' in md.read_text()
     assert r'clean & none & 1 & 92.00 [90.15, 93.53] & -- & -- &' in tex.read_text() == to_latex(table)
@@ -178,7 +197,8 @@ def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, caps
     monkeypatch.setattr(tables, '_committed_table', lambda *args: table)
     moved = table.assign(asr=(table['asr'] - 10).where(~ft, table['asr']))
     status, text = said(moved)
-    assert STEADY == ('none', 'invertune') and status == 1 and 'differs from HEAD in cells (6) of none and invertune' in text and '| ft |' not in text
+    assert STEADY == ('none',
+                      'invertune') and status == 1 and 'differs from HEAD in cells (6) of none and invertune' in text and '| ft |' not in text
     status, text = said(moved, '--asr', '11')
     assert status == 0 and 'agrees with HEAD in every cell of none and invertune' in text
     status, text = said(table.assign(asr=(table['asr'] - 15).where(ft, table['asr'])))
@@ -199,19 +219,25 @@ def test_a_file_that_is_no_table_is_refused(evaluated, text, monkeypatch, capsys
 
 
 def test_the_command_is_one_sentence_where_nothing_was_committed():
-    done = subprocess.run([sys.executable, '-m', 'invertune.lab.tables', 'check', '--profile', 'no-such-profile'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'invertune.lab.tables', 'check', '--profile', 'no-such-profile'],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and 'no-such-profile' in done.stdout and 'Traceback' not in done.stderr
 
 
 def test_a_report_is_a_page(results):
     "Question, table, figure, sentences, other tables, command and cost, in this order; every link leads to a file."
     import matplotlib.pyplot as plt
-    toy = Experiment('main', 'Is it gone?', lambda profile: ROWS, {'table': mean_table, 'rows': rows_table}, {'figure': lambda rows: plt.figure(), 'other': lambda rows: plt.figure()},
+    toy = Experiment('main', 'Is it gone?', lambda profile: ROWS, {'table': mean_table, 'rows': rows_table},
+                     {'figure': lambda rows: plt.figure(), 'other': lambda rows: plt.figure()},
                      mean_sentences, costs=('defend/*/cost.json',))
     save_json(results/'toy/defend/a/cost.json', dict(seconds=90., peak_mb=2048))
     write_report(toy, 'toy')
     folder, text = results/'toy/main', (results/'toy/main/README.md').read_text()
-    places = [text.index(words) for words in ('# main', '**Is it gone?**', '| Defence |', '](figure.png)', '- Undefended', '## Rows', '](other.png)', '`make main`', '1 run, 2 minutes')]
+    places = [text.index(words)
+              for words in ('# main', '**Is it gone?**', '| Defence |', '](figure.png)', '- Undefended', '## Rows',
+                            '](other.png)', '`make main`', '1 run, 2 minutes')]
     assert places == sorted(places)
-    assert {f.name for f in folder.iterdir()} == {'README.md', 'metrics.json', *(f'{n}.{s}' for n in ('table', 'rows_table') for s in ('csv', 'md', 'tex')),
+    assert {f.name for f in folder.iterdir()} == {'README.md', 'metrics.json',
+                                                  *(f'{n}.{s}' for n in ('table', 'rows_table')
+                                                    for s in ('csv', 'md', 'tex')),
                                                  *(f'{n}.{s}' for n in ('figure', 'other') for s in ('png', 'pdf'))}

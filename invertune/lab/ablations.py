@@ -94,11 +94,12 @@ def _measure(victim, target, bank, variants, whole=None, params={}):
 
 # %% ../../nbs/lab/08_ablations.ipynb #026753c1
 def _rules(ours, paper):
-    "{rule: class name}: ours, the published rule, the largest gain of all simulations, without the gap, without each family."
+    "{rule: class name}: ours, the published one, the largest gain of all, without the gap, without each family."
     gains = torch.stack([torch.tensor(s['adv_share']) - torch.tensor(s['clean_share']) for s in ours['simulations']])
     best = lambda candidates: max(candidates, key=lambda c: c['score'])['class']
     families, told = dict.fromkeys(c['family'] for c in ours['candidates']), ours['candidates']
-    named = {'ours': ours['target'], 'published': paper['target'], 'largest gain': ours['classes'][gains.amax(0).argmax()],
+    named = {'ours': ours['target'], 'published': paper['target'],
+             'largest gain': ours['classes'][gains.amax(0).argmax()],
              'without gap': best([c | dict(score=c['score'] - c['gap']) for c in told])}
     return named | {f'without {f}': best([c for c in told if c['family'] != f]) for f in families if len(families) > 1}
 
@@ -107,7 +108,8 @@ def _identification(data):
     found = {attack: (_rules(ours, paper), data['truth'][attack]) for attack,(ours,paper) in data['identified'].items()}
     rules = dict.fromkeys(rule for said,_ in found.values() for rule in said)
     missed = {r: [f'{a} ({said[r]})' for a,(said,true) in found.items() if said.get(r, true) != true] for r in rules}
-    return pd.DataFrame([dict(rule=r, named=f'{len(found) - len(m)} of {len(found)}', missed=', '.join(m)) for r,m in missed.items()])
+    return pd.DataFrame([dict(rule=r, named=f'{len(found) - len(m)} of {len(found)}', missed=', '.join(m)) for r,
+                         m in missed.items()])
 
 # %% ../../nbs/lab/08_ablations.ipynb #585906ac
 def _table(rows):
@@ -118,7 +120,8 @@ def _table(rows):
         kept = [row for row in own if not is_lost(row)] or own
         worst = max(kept, key=lambda row: row['asr'])
         mean = {key: 100*np.mean([row[key] for row in kept]) for key in ('asr','robust','ca')}
-        lines[name] = dict(variant=name, asr=mean['asr'], asr_worst=100*worst['asr'], worst=worst['attack'], robust=mean['robust'], ca=mean['ca'],
+        lines[name] = dict(variant=name, asr=mean['asr'], asr_worst=100*worst['asr'], worst=worst['attack'],
+                           robust=mean['robust'], ca=mean['ca'],
                            failed=sum(bool(row['failed']) for row in own), lost=sum(is_lost(row) for row in own))
     whole = lines[_WHOLE]
     more = lambda line: {f'{key}_more': line[key] - whole[key] for key in ('asr','robust','ca')}
@@ -134,9 +137,11 @@ def _strip(ax, rows, names, key):
         shade = color if name in ('all rounds', _WHOLE) else '.45'
         if kept: ax.barh(y, 100*np.mean([row[key] for row in kept]), .7, color=shade, alpha=.35, lw=0)
         for row in own:
-            how = dict(ms=3.4, mfc='none', mec='#9a9a9a') if is_lost(row) else dict(ms=2.8, color=shade, mec='white', mew=.3)
+            how = dict(ms=3.4, mfc='none', mec='#9a9a9a') if is_lost(row) else dict(ms=2.8, color=shade, mec='white',
+                mew=.3)
             ax.plot(100*row[key], y, 'o', clip_on=False, **how)
-    ax.axvline(100*np.mean([row[key] for row in rows if row['variant'] == _WHOLE and not is_lost(row)]), color=color, lw=.8, ls=(0, (4, 3)), zorder=0)
+    ax.axvline(100*np.mean([row[key] for row in rows if row['variant'] == _WHOLE and not is_lost(row)]), color=color,
+               lw=.8, ls=(0, (4, 3)), zorder=0)
     ax.set(xlim=(-1, 101), ylim=(len(names) - .4, -.6))
     ax.tick_params('y', length=0)
 
@@ -145,12 +150,14 @@ def _strips(rows):
     "ASR, robust accuracy and CA of each variant."
     names = list(dict.fromkeys(row['variant'] for row in rows))
     fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 1. + .17*len(names)), sharey=True, width_ratios=[1.3, 1.3, 1])
-    for ax,key,label in zip(axs, ('asr','robust','ca'), ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')):
+    for ax,key,label in zip(axs, ('asr','robust','ca'),
+                            ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')):
         _strip(ax, rows, names, key)
         ax.set_title(label, fontsize=7)
     axs[0].set_yticks(range(len(names)), names)
     lost = sum(map(is_lost, rows))
-    fig.supxlabel(f"each dot an attack, bars their means; dashed: {_WHOLE} of everything{f'; hollow: lost models ({lost})' if lost else ''}", fontsize=SMALL)
+    hollow = f'; hollow: lost models ({lost})' if lost else ''
+    fig.supxlabel(f'each dot an attack, bars their means; dashed: {_WHOLE} of everything{hollow}', fontsize=SMALL)
     return fig
 
 # %% ../../nbs/lab/08_ablations.ipynb #17747bf0
@@ -158,10 +165,13 @@ def _load(profile):
     "The rows of all variants, and what the defenses of the main job named."
     params = stage_params('ablations', profile)
     attacks, seed = params['attacks'], params['seed']
-    rows = [row for attack in attacks for row in read_rows(result_dir(profile, 'ablations', 'rows', attack)/'rows.json')]
-    report = lambda attack, defense: load_json(result_dir(profile, 'defend', seed, attack, defense)/'report.json')['identification']
+    rows = [row for attack in attacks
+            for row in read_rows(result_dir(profile, 'ablations', 'rows', attack)/'rows.json')]
+    report = lambda attack, defense: load_json(result_dir(profile, 'defend', seed, attack,
+                                                          defense)/'report.json')['identification']
     return dict(rows=rows, truth={row['attack']: row['target'] for row in rows},
-                identified={attack: (report(attack, 'invertune'), report(attack, 'invertune-paper')) for attack in attacks})
+                identified={attack: (report(attack, 'invertune'), report(attack, 'invertune-paper'))
+                            for attack in attacks})
 
 def _said(data):
     "What costs most, and what costs nothing."
@@ -169,8 +179,11 @@ def _said(data):
     parts = table.drop([_WHOLE, 'all rounds'], errors='ignore')
     worst, least = parts['asr_more'].idxmax(), parts['asr_more'].abs().idxmin()
     told = [f"One round of everything leaves an ASR of {table.loc[_WHOLE, 'asr']:.2f} %.",
-            f"Most is lost by '{worst}' ({parts.loc[worst, 'asr_more']:+.2f} points of ASR), least by '{least}' ({parts.loc[least, 'asr_more']:+.2f})."]
-    if 'no inversion' in parts.index: told.append(f"Without any inversion, by random members of the families, it is {parts.loc['no inversion', 'asr']:.2f} %.")
+            f"Most is lost by '{worst}' ({parts.loc[worst, 'asr_more']:+.2f} points of ASR), "
+            f"least by '{least}' ({parts.loc[least, 'asr_more']:+.2f})."]
+    if 'no inversion' in parts.index:
+        told.append('Without any inversion, by random members of the families, it is '
+                    f"{parts.loc['no inversion', 'asr']:.2f} %.")
     return told
 
 ablations = Experiment(

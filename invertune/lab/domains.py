@@ -20,7 +20,8 @@ from ..runtime import InvertuneError
 def _measure(victim, split, other, params, own=None, report={}, defense='invertune'):
     "Rows without a defense, with the victim's own images where they are given, and with the images of `split`."
     wanted, given = victim.clip.image_size, split.images.shape[-1]
-    if wanted != given: raise InvertuneError(f'images of {other} have another size than the model takes: {given} and {wanted} pixels')
+    if wanted != given:
+        raise InvertuneError(f'images of {other} have another size than the model takes: {given} and {wanted} pixels')
     rows = victim.rows(victim.clip, 'none', images='none')
     if own is not None: rows += victim.rows(own, defense, report, images='own')
     defender = Defender(split.images, split.captions, victim.dataset.classes, victim.dataset.templates)
@@ -42,14 +43,18 @@ def _bars(rows):
     rows = sorted(rows, key=lambda row: rank(row['attack']))
     attacks, kinds = (list(dict.fromkeys(row[key] for row in rows)) for key in ('attack','images'))
     ours, before = look('invertune')['color'], look('none')['color']
-    looks = {kind: dict(color=before, lw=0) if kind == 'none' else dict(color=ours, lw=0) if kind == 'own' else dict(fc='white', ec=ours, lw=.9) for kind in kinds}
+    looks = {kind: dict(color=before, lw=0) if kind == 'none' else dict(color=ours, lw=0) if kind
+             == 'own' else dict(fc='white', ec=ours, lw=.9) for kind in kinds}
     fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 2.4), sharey=True)
-    for ax,key,label in zip(axs, ('asr','robust','ca'), ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')):
+    for ax,key,label in zip(axs, ('asr','robust','ca'),
+                            ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')):
         for row in rows:
             x = attacks.index(row['attack']) + .8*((kinds.index(row['images']) + .5)/len(kinds) - .5)
             ax.bar(x, max(100*row[key], .6), .72/len(kinds), **(LOST if is_lost(row) else looks[row['images']]))
-        ax.set(title=label, ylim=(0, 102)); ax.set_xticks(range(len(attacks)), attacks, rotation=40, ha='right', rotation_mode='anchor')
-    names = [{'none': 'no defence', 'own': "images of the victim's kind"}.get(kind, f'images of {kind}') for kind in kinds]
+        ax.set(title=label, ylim=(0, 102)); ax.set_xticks(range(len(attacks)), attacks, rotation=40, ha='right',
+                                                          rotation_mode='anchor')
+    names = [{'none': 'no defence', 'own': "images of the victim's kind"}.get(kind, f'images of {kind}')
+             for kind in kinds]
     handles = [plt.Rectangle((0,0), 1, 1, **looks[kind]) for kind in kinds]
     if any(map(is_lost, rows)): names, handles = [*names, 'model lost'], [*handles, plt.Rectangle((0,0), 1, 1, **LOST)]
     fig.legend(handles, names, loc='outside upper center', ncols=len(names))
@@ -58,7 +63,8 @@ def _bars(rows):
 # %% ../../nbs/lab/10_domains.ipynb #cb77597c
 def _load(profile):
     "The rows of all attacks."
-    return [row for attack in stage_params('domains', profile)['attacks'] for row in read_rows(result_dir(profile, 'domains', 'rows', attack)/'rows.json')]
+    return [row for attack in stage_params('domains', profile)['attacks']
+            for row in read_rows(result_dir(profile, 'domains', 'rows', attack)/'rows.json')]
 
 def _said(rows):
     "What each kind of images comes to."
@@ -66,10 +72,13 @@ def _said(rows):
         own = [row for row in rows if row['images'] == kind]
         kept = [row for row in own if not is_lost(row)] or own
         mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
-        named = f", the label named {sum(row['found'] == row['target'] for row in own)} of {len(own)} times" if kind != 'none' else ''
+        right = sum(row['found'] == row['target'] for row in own)
+        named = f', the label named {right} of {len(own)} times' if kind != 'none' else ''
         what = {'none': 'No defence', 'own': "Images of the victim's kind"}.get(kind, f'Images of {kind}')
-        return f"{what}: a mean ASR of {mean('asr'):.2f} % at a CA of {mean('ca'):.2f} %{named}; {len(own) - len(kept)} lost."
+        return (f"{what}: a mean ASR of {mean('asr'):.2f} % at a CA of {mean('ca'):.2f} %{named}; "
+                f'{len(own) - len(kept)} lost.')
     return [told(kind) for kind in dict.fromkeys(row['images'] for row in rows)]
 
-domains = Experiment('domains', "Does it do with images of another domain than the victim's?", _load, tables={'table': _table},
+domains = Experiment('domains', "Does it do with images of another domain than the victim's?", _load,
+                     tables={'table': _table},
                      figures={'figure': _bars}, said=_said, measure=_measure)

@@ -50,7 +50,8 @@ def _summary(row):
     step,asr = (torch.tensor([float(p[k]) for p in row['curve']]) for k in ('step','asr'))
     area = (torch.trapezoid(asr, step) / (step[-1]-step[0])).item()
     return dict(asr_delivered=asr[0].item(), asr_worst=asr.max().item(), asr_area=area,
-                ca=row['curve'][0]['ca'], ca_after=row['curve'][-1]['ca'], robust=row['curve'][0]['robust'], robust_after=row['curve'][-1]['robust'])
+                ca=row['curve'][0]['ca'], ca_after=row['curve'][-1]['ca'], robust=row['curve'][0]['robust'],
+                robust_after=row['curve'][-1]['robust'])
 
 def _lost(row): return row['curve'][0]['ca'] < row['ca_clean']/2
 
@@ -77,40 +78,49 @@ def _table(rows):
         kept = own[own['note'] != 'lost']
         means = kept[['asr_delivered','asr_area','ca','ca_after','robust','robust_after']].mean()
         worst = kept.loc[kept['asr_worst'].idxmax()] if len(kept) else None
-        lines.append(dict(defense=defense, lr=lr, pairs=pairs, **means, asr_worst=float('nan') if worst is None else worst['asr_worst'],
-                          worst='' if worst is None else worst['attack'], under_bar=f"{(kept['asr_worst'] < _BAR).sum()} of {len(own)}",
+        lines.append(dict(defense=defense, lr=lr, pairs=pairs, **means,
+                          asr_worst=float('nan') if worst is None else worst['asr_worst'],
+                          worst='' if worst is None else worst['attack'],
+                          under_bar=f"{(kept['asr_worst'] < _BAR).sum()} of {len(own)}",
                           lost=len(own) - len(kept)))
-    columns = ['defense','lr','pairs','asr_delivered','asr_worst','worst','asr_area','under_bar','ca','ca_after','robust','robust_after','lost']
+    columns = ['defense','lr','pairs','asr_delivered','asr_worst','worst','asr_area','under_bar','ca','ca_after',
+               'robust','robust_after','lost']
     return pd.DataFrame(lines)[columns].round(2)
 
 # %% ../../nbs/lab/06_durability.ipynb #96d1c956
 def _mean_curves(rows):
     "ASR of each attack over the steps, means over the seeds: percent [A,S]."
     attacks = dict.fromkeys(r['attack'] for r in rows)
-    return 100*torch.stack([torch.tensor([[p['asr'] for p in r['curve']] for r in rows if r['attack'] == a]).mean(0) for a in attacks])
+    return 100*torch.stack([torch.tensor([[p['asr'] for p in r['curve']] for r in rows if r['attack'] == a]).mean(0)
+                            for a in attacks])
 
 @figure
 def _curves(rows):
     "A panel for each setting, a line for each defense."
     kept = [r for r in rows if not _lost(r)]
     settings = sorted({(r['lr'], r['pairs']) for r in rows}, key=lambda s: (-s[0], s[1]))
-    names, step = sorted({r['defense'] for r in rows}, key=lambda name: rank('clean', name)), [p['step'] for p in rows[0]['curve']]
+    names, step = sorted({r['defense'] for r in rows}, key=lambda name: rank('clean', name)), [p['step']
+        for p in rows[0]['curve']]
     fig,axs = plt.subplots(1, len(settings), figsize=(WIDTH, 2.7), sharey=True, squeeze=False)
     for ax,setting in zip(axs[0], settings):
         for name in names:
             mine = [r for r in kept if (r['lr'],r['pairs']) == setting and r['defense'] == name]
             if not mine: continue
             asr, how = _mean_curves(mine), look(name)
-            ax.plot(step, asr.mean(0), ms=3, mec='white', mew=.3, lw=1.6 if name == 'invertune' else 1., zorder=3, **how)
+            ax.plot(step, asr.mean(0), ms=3, mec='white', mew=.3, lw=1.6 if name == 'invertune' else 1., zorder=3,
+                    **how)
             ax.fill_between(step, asr.mean(0), asr.max(0).values, color=how['color'], alpha=.13, lw=0)
         ax.axhline(_BAR, color='k', lw=.7, ls=(0, (4, 3)), zorder=4)
-        ax.annotate(f'{_BAR:g} %', (1, _BAR), (-2, 2), xycoords=('axes fraction', 'data'), textcoords='offset points', ha='right', fontsize=SMALL)
+        ax.annotate(f'{_BAR:g} %', (1, _BAR), (-2, 2), xycoords=('axes fraction', 'data'), textcoords='offset points',
+                    ha='right', fontsize=SMALL)
         ax.set_xscale('symlog', linthresh=5)
-        ax.set(xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102), xlim=(0, step[-1]))
+        ax.set(xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102),
+               xlim=(0, step[-1]))
         ticks = [s for s in (0, 1, 3, 10, 30, 100, 300, 1000) if s == 0 or s in step]
         ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off()
     axs[0,0].set_ylabel('ASR, %: mean, and worst attack')
-    if lost := len({(r['attack'], r['defense']) for r in rows if _lost(r)}): fig.supxlabel(f'lost models, not drawn: {lost}', fontsize=SMALL)
+    if lost := len({(r['attack'], r['defense']) for r in rows
+                    if _lost(r)}): fig.supxlabel(f'lost models, not drawn: {lost}', fontsize=SMALL)
     legend(fig, names)
     return fig
 
@@ -127,14 +137,17 @@ def _measure(victim, models, pairs, rates, steps, seeds, bs):
 
 def _load(profile):
     "The curves of all attacks."
-    files = [result_dir(profile, 'durability', 'rows', attack)/'rows.json' for attack in stage_params('durability', profile)['attacks']]
+    files = [result_dir(profile, 'durability', 'rows', attack)/'rows.json'
+             for attack in stage_params('durability', profile)['attacks']]
     return [row for file in files for row in read_rows(file, checked=False)]
 
 def _said(rows):
     "Which defenses stay under the bar."
     lines = _table(rows)
-    return [f"{shown_name(line.defense)}, lr {line.lr}, {line.pairs}: delivered at {line.asr_delivered:.2f} %, at worst {line.asr_worst:.2f} % ({line.worst}); "
-            f"{line.under_bar} attacks stay under {_BAR:g} %." for line in lines.itertuples() if line.defense not in ('clean', 'none')]
+    return [f'{shown_name(line.defense)}, lr {line.lr}, {line.pairs}: delivered at {line.asr_delivered:.2f} %, '
+            f'at worst {line.asr_worst:.2f} % ({line.worst}); '
+            f"{line.under_bar} attacks stay under {_BAR:g} %." for line in lines.itertuples()
+            if line.defense not in ('clean', 'none')]
 
 durability = Experiment(
     'durability', 'What does clean fine-tuning bring back?', _load, tables={'table': _table, 'rows': _rows_table},

@@ -25,7 +25,8 @@ from ..defender import Defender
 from ..invert import load_bank
 from .profiles import load_dataset, result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, legend, look
-from .tables import RECALLS, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, rank, rows_table, shown_name
+from .tables import (RECALLS, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, rank,
+                                  rows_table, shown_name)
 from ..metrics import evaluate
 from ..model import Clip, load_clip, read_tensors
 from ..runtime import InvertuneError, load_json
@@ -73,7 +74,8 @@ class Victim:
         def row(k, trigger):
             who = dict(attack=self.attack, defense=defense, seed=self.seed, target=trigger.meta['target'], trigger=k)
             clean = self._clean_readings[k]
-            return more | who | told | self._reading(clip, trigger, n_retrieval) | dict(ca_clean=clean['ca'], robust_clean=clean['robust'])
+            return more | who | told | self._reading(clip, trigger, n_retrieval) | dict(ca_clean=clean['ca'],
+                robust_clean=clean['robust'])
         return [row(k, trigger) for k, trigger in enumerate(self.triggers)]
 
 # %% ../../nbs/lab/03_main.ipynb #48f593cd
@@ -96,14 +98,16 @@ def load_victim(
     "A victim of the pipeline."
     clean = load_clip(result_dir(profile, 'train', seed)/'model.safetensors')
     trigger = load_trigger(result_dir(profile, 'poison', seed, attack)/'trigger.safetensors')
-    return Victim(load_dataset(profile), seed, attack, clean, load_clip(model_path(profile, seed, attack)), [trigger], n_images)
+    return Victim(load_dataset(profile), seed, attack, clean, load_clip(model_path(profile, seed, attack)), [trigger],
+                  n_images)
 
 # %% ../../nbs/lab/03_main.ipynb #3e009551
 def demo_victim()->Victim: # `badnet` on six pictograms
     "The demonstration's model as a victim."
     from invertune.attacks import demo
     d = demo()
-    own = Split('defender', d.defender.images, d.defender.captions, torch.zeros(len(d.defender.images), dtype=torch.long))
+    own = Split('defender', d.defender.images, d.defender.captions,
+                torch.zeros(len(d.defender.images), dtype=torch.long))
     sets = dict(pretrain=d.split, poison=d.split, defender=own, evaluation=d.evaluation)
     return Victim(Dataset(d.classes, d.templates, sets.__getitem__), 0, 'badnet', d.clip, d.bad, [d.trigger])
 
@@ -114,10 +118,12 @@ def _gallery_row(profile, seed, attack, sample):
     "What one row of the gallery shows: clean and triggered image, the banks of both inversions."
     file = result_dir(profile, 'evaluate', seed, attack)/'samples.safetensors'
     images, _ = read_tensors(file)
-    if not {'clean', 'triggered'} <= set(images): raise InvertuneError(f"{file} holds no sample images of an evaluation.")
+    if not {'clean', 'triggered'} <= set(images):
+        raise InvertuneError(f'{file} holds no sample images of an evaluation.')
     if not 0 <= sample < len(images['clean']):
         raise InvertuneError(f"{attack} has {len(images['clean'])} sample images: there is no sample {sample}.")
-    banks = {name: load_bank(result_dir(profile, 'defend', seed, attack, name)/'bank.safetensors') for name in (_PUBLISHED, _OURS)}
+    banks = {name: load_bank(result_dir(profile, 'defend', seed, attack, name)/'bank.safetensors')
+             for name in (_PUBLISHED, _OURS)}
     return dict(clean=images['clean'][sample], triggered=images['triggered'][sample], **banks)
 
 def _load(profile):
@@ -137,9 +143,10 @@ def _load(profile):
 # %% ../../nbs/lab/03_main.ipynb #db17a9c0
 def _grid(rows, key):
     "One rate as attacks x defenses, percent, in the order of the table, the mean of what is not lost below."
-    frame = pd.DataFrame([dict(attack=row['attack'], defense=row['defense'], value=100*row[key], lost=is_lost(row)) for row in rows])
-    wide = lambda column: frame.pivot(index='attack', columns='defense', values=column).loc[list(dict.fromkeys(frame['attack'])),
-                                                                                            list(dict.fromkeys(frame['defense']))]
+    frame = pd.DataFrame([dict(attack=row['attack'], defense=row['defense'], value=100*row[key], lost=is_lost(row))
+                          for row in rows])
+    lines, columns = (list(dict.fromkeys(frame[name])) for name in ('attack', 'defense'))
+    wide = lambda column: frame.pivot(index='attack', columns='defense', values=column).loc[lines, columns]
     values, lost = wide('value'), wide('lost').astype(bool)
     return pd.concat([values, values.mask(lost).mean().to_frame('mean').T]), lost
 
@@ -148,37 +155,45 @@ def _heat(ax, rows, key, title, cmap, low=0, high=100):
     values, lost = _grid(rows, key)
     failed = {(row['attack'], row['defense']) for row in rows if row['failed']}
     hidden = pd.concat([lost, pd.DataFrame(False, ['mean'], lost.columns)])
-    words = [[f'{values.loc[a, d]:.1f}' + ('*' if (a, d) in failed else '') for d in values.columns] for a in values.index]
-    sns.heatmap(values, ax=ax, mask=hidden.values, annot=np.array(words), fmt='', cmap=cmap, vmin=low, vmax=high, linewidths=.4,
+    words = [[f'{values.loc[a, d]:.1f}' + ('*' if (a, d) in failed else '') for d in values.columns]
+             for a in values.index]
+    sns.heatmap(values, ax=ax, mask=hidden.values, annot=np.array(words), fmt='', cmap=cmap, vmin=low, vmax=high,
+                linewidths=.4,
                 annot_kws={'size': SMALL}, cbar=False)
     for y, x in zip(*np.nonzero(lost.values)):
         ax.add_patch(Rectangle((x, y), 1, 1, **LOST))
-        ax.text(x + .5, y + .5, words[y][x], ha='center', va='center', fontsize=SMALL, color='.25', bbox=dict(fc='w', ec='none', pad=.8))
+        ax.text(x + .5, y + .5, words[y][x], ha='center', va='center', fontsize=SMALL, color='.25',
+                bbox=dict(fc='w', ec='none', pad=.8))
     ax.axhline(len(values) - 1, color='white', lw=4)
     ax.set(title=title, xlabel='', ylabel='')
     ax.tick_params(length=0)
-    ax.set_xticks(ax.get_xticks(), [shown_name(name).replace(', ', ',\n') for name in values.columns], rotation=90, fontsize=SMALL)
+    ax.set_xticks(ax.get_xticks(), [shown_name(name).replace(', ', ',\n') for name in values.columns], rotation=90,
+                  fontsize=SMALL)
     ax.set_yticks(ax.get_yticks(), values.index, rotation=0)
 
-# %% ../../nbs/lab/03_main.ipynb #7b2bdaa1
+# %% ../../nbs/lab/03_main.ipynb #e63f9db5
 @figure
 def _heatmap(rows):
     "ASR, robust accuracy and CA, attacks x defenses."
-    clean, rows = next(100*row['ca'] for row in rows if row['attack'] == 'clean'), [row for row in rows if row['attack'] != 'clean']
+    clean, rows = next(100*row['ca'] for row in rows if row['attack'] == 'clean'), [row for row in rows
+        if row['attack'] != 'clean']
     rows = sorted(rows, key=lambda row: rank(row['attack'], row['defense']))
     fig, axs = plt.subplots(1, 3, figsize=(WIDTH, 1.35 + .2*len({row['attack'] for row in rows})), sharey=True)
     kept = [100*row['ca'] for row in rows if not is_lost(row)]
     _heat(axs[0], rows, 'asr', 'attack success rate, %', 'cividis_r')
     _heat(axs[1], rows, 'robust', 'triggered images read as they are, %', 'cividis')
-    _heat(axs[2], rows, 'ca', f'clean accuracy, % (clean model {clean:.1f})', 'cividis', clean - 15, math.ceil(max(*kept, clean)))
+    _heat(axs[2], rows, 'ca', f'clean accuracy, % (clean model {clean:.1f})', 'cividis', clean - 15,
+          math.ceil(max(*kept, clean)))
     marks = {}
     if any(is_lost(row) for row in rows): marks['model lost: in no mean'] = Rectangle((0, 0), 1, 1, **LOST)
-    if any(row['failed'] for row in rows): marks['* failed: the model is given back as received'] = Line2D([], [], ls='')
+    if any(row['failed'] for row in rows): marks['* failed: the model is given back as received'] = Line2D([], [],
+        ls='')
     if marks: fig.legend(marks.values(), marks.keys(), loc='outside lower center', ncols=2)
     return fig
 
-# %% ../../nbs/lab/03_main.ipynb #790abbc4
-_FAMILIES = {'patch': 'corner patch', 'place': 'patch, best place', 'blend': 'whole image', 'mask': 'free mask'} # in print
+# %% ../../nbs/lab/03_main.ipynb #d7d4bdcd
+_FAMILIES = {'patch': 'corner patch', 'place': 'patch, best place', 'blend': 'whole image',
+             'mask': 'free mask'} # in print
 _TRUE, _OTHER = '#1f3b5c', '.78' # the true target, other classes
 
 def _gains(simulations, family):
@@ -218,7 +233,8 @@ def _decision(ax, attack, report, families, true):
     ax.set_title(attack, loc='left', pad=13, fontweight='bold')
     ax.text(0, 1.01, '   '.join(told), transform=ax.transAxes, fontsize=SMALL, va='bottom')
     for family in {s['family'] for s in tries} & set(families):
-        ax.plot(108, families.index(family), 'o', ms=7, mfc='none', mec=look(_PUBLISHED)['color'], mew=1., clip_on=False)
+        ax.plot(108, families.index(family), 'o', ms=7, mfc='none', mec=look(_PUBLISHED)['color'], mew=1.,
+                clip_on=False)
     if found['family'] not in families: return
     y = families.index(found['family'])
     ax.axhspan(y - .5, y + .5, color='#f7e3e6', lw=0, zorder=0)
@@ -227,7 +243,8 @@ def _decision(ax, attack, report, families, true):
 @figure
 def _identification(reports, truth, columns=3):
     "One panel an attack, two bars a family of perturbations."
-    families = list(dict.fromkeys(s['family'] for report in reports.values() for s in report[_OURS]['identification']['simulations']))
+    families = list(dict.fromkeys(s['family'] for report in reports.values()
+                                  for s in report[_OURS]['identification']['simulations']))
     columns = min(columns, len(reports))
     lines = math.ceil(len(reports)/columns)
     size = WIDTH if columns > 1 else WIDTH/2, .65 + (.5 + .22*len(families))*lines
@@ -241,13 +258,14 @@ def _identification(reports, truth, columns=3):
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (_TRUE, _OTHER)]
     handles += [Line2D([], [], ls='', marker='*', mec='none', ms=6, color=look(_OURS)['color']),
                 Line2D([], [], ls='', marker='o', mfc='none', mew=1., ms=7, mec=look(_PUBLISHED)['color'])]
-    fig.legend(handles, ['true target', 'strongest other class', 'ours decided here', 'all that the published rule tries'],
+    fig.legend(handles, ['true target', 'strongest other class', 'ours decided here',
+                         'all that the published rule tries'],
                loc='outside upper center', ncols=4)
     return fig
 
 # %% ../../nbs/lab/03_main.ipynb #5de7842c
 def _amplification(difference):
-    "The largest power of two, 1 to 32, that keeps 99 % of the changed values within the printable range of -0.5 to 0.5."
+    "The largest power of two, 1 to 32, that keeps 99 % of the changed values within -0.5 to 0.5, which can be printed."
     changed = difference.abs()[difference.abs() > 1/255]
     reach = changed.quantile(.99).item() if len(changed) else .5
     return 2**int(np.clip(math.floor(math.log2(.5/reach)), 0, 5))
@@ -260,14 +278,16 @@ def _gallery_cells(row):
     for name in (_PUBLISHED, _OURS):
         bank = row[name]
         made = bank[0](clean[None])[0].cpu() if len(bank) else None
-        cells += [(made, f'inverted ASR {100*bank.asr[0]:.1f} %'), (.5 + factor*(made - clean), f'× {factor}')] if len(bank) else [(None, 'none')]*2
+        cells += [(made, f'inverted ASR {100*bank.asr[0]:.1f} %'),
+                  (.5 + factor*(made - clean), f'× {factor}')] if len(bank) else [(None, 'none')]*2
     return cells
 
-# %% ../../nbs/lab/03_main.ipynb #e63f9db5
+# %% ../../nbs/lab/03_main.ipynb #7b2bdaa1
 @figure
 def _gallery(rows):
     "True and inverted triggers: one row an attack, seven pictures each."
-    heads = ['clean', 'triggered', 'difference', 'inverted\n(published)', 'difference\n(published)', 'inverted\n(ours)', 'difference\n(ours)']
+    heads = ['clean', 'triggered', 'difference', 'inverted\n(published)', 'difference\n(published)', 'inverted\n(ours)',
+             'difference\n(ours)']
     fig, axs = plt.subplots(len(rows), 7, figsize=(WIDTH, .35 + 1.12*len(rows)), squeeze=False)
     for line, (attack, row) in zip(axs, rows.items()):
         for ax, (image, words) in zip(line, _gallery_cells(row)):
@@ -282,7 +302,8 @@ def _gallery(rows):
 # %% ../../nbs/lab/03_main.ipynb #9776b769
 def _dumbbells(ax, found, color):
     "One model: impact of each layer before (dot) and after (ring); the shaded layers were tuned."
-    if not found.get('layers'): return ax.text(.5, .5, 'failed:\nno tuning', transform=ax.transAxes, ha='center', va='center', color='.4')
+    if not found.get('layers'): return ax.text(.5, .5, 'failed:\nno tuning', transform=ax.transAxes, ha='center',
+                                               va='center', color='.4')
     names = list(found['layers'])
     for y, name in enumerate(names):
         before, after = found['layers'][name], found['layers_after'][name]
@@ -305,7 +326,8 @@ def _activation_differences(reports):
     axs[0, 0].set_xlim(left=0)
     axs[0, 0].xaxis.set_major_locator(MaxNLocator(3))
     fig.supxlabel('impact: relative change of the mean activation', fontsize=7)
-    marks = [Line2D([], [], ls='', marker='o', color='.25', mec='none', ms=3), Line2D([], [], ls='', marker='o', mfc='none', color='.25', ms=5)]
+    marks = [Line2D([], [], ls='', marker='o', color='.25', mec='none', ms=3),
+             Line2D([], [], ls='', marker='o', mfc='none', color='.25', ms=5)]
     fig.legend([*marks, Rectangle((0, 0), 1, 1, color='.92')], ['before tuning', 'after tuning', 'selected layer'],
                loc='outside upper center', ncols=3)
     return fig
@@ -315,7 +337,8 @@ def _projected(tensors, defenses):
     "The plane of the undefended clean embeddings, and what lies where in it: name -> [n,2]."
     parts = [f'{defense}.{part}' for defense in defenses for part in ('clean', 'triggered')]
     for name in ['labels', 'target', 'none.clean', *parts]:
-        if name not in tensors: raise InvertuneError(f"The embeddings lack '{name}': run the evaluate stage again with all defenses.")
+        if name in tensors: continue
+        raise InvertuneError(f"The embeddings lack '{name}': run the evaluate stage again with all defenses.")
     clean = tensors['none.clean'].double()
     plane = torch.linalg.svd(clean - clean.mean(0), full_matrices=False).Vh[:2]
     plane = plane*plane.gather(1, plane.abs().argmax(1, keepdim=True)).sign() # an axis has no direction of its own
@@ -325,17 +348,20 @@ def _cloud(ax, clean, triggered, is_target):
     "Clean images of other classes, of the target class, and triggered images that are not of the target class."
     style = dict(s=5, linewidths=0, rasterized=True)
     ax.scatter(*clean[~is_target].T, color='.75', marker='o', label='clean, other classes', **style)
-    ax.scatter(*triggered[~is_target].T, color='#2f6fb0', marker='^', alpha=.6, label='triggered, other classes', **style)
+    ax.scatter(*triggered[~is_target].T, color='#2f6fb0', marker='^', alpha=.6, label='triggered, other classes',
+               **style)
     ax.scatter(*clean[is_target].T, color='k', marker='s', label='clean, target class', **style)
     ax.set(xticks=[], yticks=[], box_aspect=1)
 
 @figure
 def _embedding_projection(embeddings, defenses=('none', _OURS)):
     "Where clean and triggered images lie before and after a defense: defenses x attacks."
-    fig, axs = plt.subplots(len(defenses), len(embeddings), figsize=(WIDTH, .5 + 1.2*len(defenses)), sharex='col', sharey='col', squeeze=False)
+    fig, axs = plt.subplots(len(defenses), len(embeddings), figsize=(WIDTH, .5 + 1.2*len(defenses)), sharex='col',
+                            sharey='col', squeeze=False)
     for column, (attack, tensors) in zip(axs.T, embeddings.items()):
         places, is_target = _projected(tensors, defenses), (tensors['labels'] == tensors['target']).numpy()
-        for ax, name in zip(column, defenses): _cloud(ax, places[f'{name}.clean'], places[f'{name}.triggered'], is_target)
+        for ax, name in zip(column, defenses): _cloud(ax, places[f'{name}.clean'], places[f'{name}.triggered'],
+                                                      is_target)
         column[0].set_title(attack)
     for ax, name in zip(axs[:, 0], defenses): ax.set_ylabel('undefended' if name == 'none' else name)
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=3, markerscale=2)
@@ -345,12 +371,14 @@ def _embedding_projection(embeddings, defenses=('none', _OURS)):
 def _retrieval(rows):
     "Image to text and text to image retrieval, percent."
     rows = sorted(rows, key=lambda row: rank(row['attack'], row['defense']))
-    return pd.DataFrame([dict(attack=row['attack'], defense=row['defense'], **{key: 100*row[key] for key in RECALLS}) for row in rows]).round(2)
+    return pd.DataFrame([dict(attack=row['attack'], defense=row['defense'], **{key: 100*row[key] for key in RECALLS})
+                         for row in rows]).round(2)
 
 def _cost(costs):
     "Seconds and peak memory of each defense."
     pairs = sorted(costs, key=lambda pair: rank(*pair))
-    return pd.DataFrame([dict(attack=a, defense=d, seconds=costs[a, d]['seconds'], peak_mb=costs[a, d]['peak_mb']) for a, d in pairs]).round(1)
+    return pd.DataFrame([dict(attack=a, defense=d, seconds=costs[a, d]['seconds'], peak_mb=costs[a, d]['peak_mb'])
+                         for a, d in pairs]).round(1)
 
 # %% ../../nbs/lab/03_main.ipynb #5156f3a8
 main = Experiment(

@@ -20,7 +20,8 @@ from ..runtime import InvertuneError
 def _measure(victim, sizes, params, defense='invertune'):
     "Rows of the defense with each number of images, taken evenly from the defender's set."
     own, rows = victim.dataset['defender'], []
-    if max(sizes) > len(own): raise InvertuneError(f'sizes asks for {max(sizes)} images, but the defender has {len(own)}')
+    if max(sizes) > len(own):
+        raise InvertuneError(f'sizes asks for {max(sizes)} images, but the defender has {len(own)}')
     for n in sizes:
         few = own.sample(n)
         defender = Defender(few.images, few.captions, victim.dataset.classes, victim.dataset.templates)
@@ -33,18 +34,22 @@ def _table(rows):
     "Every attack and number of images, percent."
     def line(row):
         note = ', '.join(word for word, hit in (('failed', row['failed']), ('lost', is_lost(row))) if hit)
-        return dict(attack=row['attack'], images=row['images'], **{key: 100*row[key] for key in ('asr','robust','ca')}, found=row['found'] or '',
+        return dict(attack=row['attack'], images=row['images'], **{key: 100*row[key] for key in ('asr','robust','ca')},
+                    found=row['found'] or '',
                     named='yes' if row['found'] == row['target'] else 'no', note=note)
-    return pd.DataFrame([line(row) for row in sorted(rows, key=lambda row: (rank(row['attack']), row['images']))]).round(2)
+    return pd.DataFrame([line(row)
+                         for row in sorted(rows, key=lambda row: (rank(row['attack']), row['images']))]).round(2)
 
 def _lines(ax, rows, key, label):
     "One rate over the number of images."
-    sizes, attacks, how = sorted({row['images'] for row in rows}), sorted({row['attack'] for row in rows}, key=rank), look('invertune')
+    sizes, attacks, how = sorted({row['images'] for row in rows}), sorted({row['attack'] for row in rows},
+        key=rank), look('invertune')
     ends, kept = {}, [row for row in rows if not is_lost(row)]
     for attack in attacks:
         own = sorted((row for row in rows if row['attack'] == attack), key=lambda row: row['images'])
         ax.plot([row['images'] for row in own], [100*row[key] for row in own], color='.7', lw=.8)
-        for row in own: ax.plot(row['images'], 100*row[key], 'o', ms=3, color='.55', mec='.55', mfc='white' if is_lost(row) else '.55')
+        for row in own: ax.plot(row['images'], 100*row[key], 'o', ms=3, color='.55', mec='.55',
+                                mfc='white' if is_lost(row) else '.55')
         ends[attack] = 100*own[-1][key]
     means = {n: [100*row[key] for row in kept if row['images'] == n] for n in sizes}
     ax.plot(sizes, [sum(v)/len(v) if v else float('nan') for v in means.values()], lw=1.8, ms=4, zorder=3, **how)
@@ -61,14 +66,16 @@ def _curves(rows):
     for ax in axs[:2]: ax.set_ylim(-2, 102)
     kept = [100*row['ca'] for row in rows if not is_lost(row)] or [0, 100]
     axs[2].set_ylim(min(kept) - 3, max(kept) + 2)
-    if lost := sum(map(is_lost, rows)): axs[2].set_title(f'lost models, under the axis: {lost}', fontsize=SMALL, loc='left')
+    if lost := sum(map(is_lost, rows)): axs[2].set_title(f'lost models, under the axis: {lost}', fontsize=SMALL,
+                                                         loc='left')
     for ax, own in zip(axs, ends): label_ends(ax, own, max(row['images'] for row in rows))
     return fig
 
 # %% ../../nbs/lab/09_scarce.ipynb #144e6baa
 def _load(profile):
     "The rows of all attacks."
-    return [row for attack in stage_params('scarce', profile)['attacks'] for row in read_rows(result_dir(profile, 'scarce', 'rows', attack)/'rows.json')]
+    return [row for attack in stage_params('scarce', profile)['attacks']
+            for row in read_rows(result_dir(profile, 'scarce', 'rows', attack)/'rows.json')]
 
 def _said(rows):
     "What each number of images comes to."
@@ -77,8 +84,10 @@ def _said(rows):
         kept = [row for row in own if not is_lost(row)] or own
         mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
         named = sum(row['found'] == row['target'] for row in own)
-        return f"{n} images: the label named {named} of {len(own)} times, a mean ASR of {mean('asr'):.2f} % at a CA of {mean('ca'):.2f} %."
+        return (f"{n} images: the label named {named} of {len(own)} times, a mean ASR of {mean('asr'):.2f} % "
+                f"at a CA of {mean('ca'):.2f} %.")
     return [told(n) for n in sorted({row['images'] for row in rows})]
 
-scarce = Experiment('scarce', 'How few clean images are enough?', _load, tables={'table': _table}, figures={'figure': _curves},
+scarce = Experiment('scarce', 'How few clean images are enough?', _load, tables={'table': _table},
+                    figures={'figure': _curves},
                     said=_said, measure=_measure)

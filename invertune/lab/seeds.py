@@ -26,7 +26,8 @@ def _panel(ax, rows, key, label):
         for k, attack in enumerate(attacks):
             mine = [row for row in rows if (row['attack'], row['defense']) == (attack, defense)]
             lost = [is_lost(row) for row in mine]
-            dots(ax, k + .84*((i + .5)/len(defenses) - .5), [100*row[key] for row in mine], defense, lost, .3/len(defenses))
+            dots(ax, k + .84*((i + .5)/len(defenses) - .5), [100*row[key] for row in mine], defense, lost,
+                 .3/len(defenses))
     for edge in range(1, len(attacks)): ax.axvline(edge - .5, color='.9', lw=.6, zorder=0)
     ax.set(ylabel=label, xlim=(-.5, len(attacks) - .5), xticks=range(len(attacks)))
     ax.set_xticklabels(attacks)
@@ -35,10 +36,12 @@ def _panel(ax, rows, key, label):
 @figure
 def _runs(rows):
     "ASR, robust accuracy and CA of every run."
-    clean, rows = [100*row['ca'] for row in rows if row['attack'] == 'clean'], [row for row in rows if row['attack'] != 'clean']
+    clean, rows = [100*row['ca'] for row in rows if row['attack'] == 'clean'], [row for row in rows
+        if row['attack'] != 'clean']
     rows = sorted(rows, key=lambda row: rank(row['attack'], row['defense']))
     fig, axs = plt.subplots(3, 1, figsize=(WIDTH, 4.9), sharex=True, height_ratios=[1.3, 1.3, 1])
-    for ax, key, label in zip(axs, ('asr', 'robust', 'ca'), ('ASR, %', 'triggered images\nread as they are, %', 'CA, %')):
+    for ax, key, label in zip(axs, ('asr', 'robust', 'ca'),
+                              ('ASR, %', 'triggered images\nread as they are, %', 'CA, %')):
         _panel(ax, rows, key, label)
     for ax in axs[:2]: ax.set_ylim(-3, 103)
     low = min([100*row['ca'] for row in rows if not is_lost(row)] + clean)
@@ -46,7 +49,8 @@ def _runs(rows):
     axs[2].set_ylim(low - 3, max(clean) + 2)
     for line in axs[2].lines: line.set_clip_on(True)
     axs[2].axhline(sum(clean)/len(clean), color='.4', lw=.8, ls=(0, (4, 3)), zorder=0)
-    axs[2].annotate('clean models', (1, sum(clean)/len(clean)), (0, 2), xycoords=('axes fraction', 'data'), textcoords='offset points',
+    axs[2].annotate('clean models', (1, sum(clean)/len(clean)), (0, 2), xycoords=('axes fraction', 'data'),
+                    textcoords='offset points',
                     ha='right', fontsize=SMALL, color='.3')
     if hidden: axs[2].set_xlabel(f'lost models under the axis of CA: {len(hidden)}')
     legend(fig, list(dict.fromkeys(row['defense'] for row in rows)), lost=any(is_lost(row) for row in rows))
@@ -55,4 +59,5 @@ def _runs(rows):
 # %% ../../nbs/lab/04_seeds.ipynb #36ee0573
 seeds = Experiment(
     'seeds', 'Does it hold for other victims, triggers and targets?', _load,
-    tables={'table': mean_table, 'rows': rows_table}, figures={'figure': _runs}, said=mean_sentences, costs=('defend/1[1-3]/*/*/cost.json',))
+    tables={'table': mean_table, 'rows': rows_table}, figures={'figure': _runs}, said=mean_sentences,
+                   costs=('defend/1[1-3]/*/*/cost.json',))

@@ -58,7 +58,8 @@ def _measure(victim, defense, grid, params):
     if shared: follow = _shared_steps(victim, defense, params)
     for setting in progress(settings, desc=f'select {defense}', unit='setting'):
         now = _merged(params, setting)
-        made, report = follow(now.get('tune', {})) if shared else defend(defense, victim.clip, victim.defender, victim.seed, **now)
+        made, report = follow(now.get('tune', {})) if shared else defend(defense, victim.clip, victim.defender,
+            victim.seed, **now)
         rows += victim.rows(made, defense, report, setting=setting)
     return rows
 
@@ -67,12 +68,16 @@ _KEPT = 3. # points of CA that a setting may cost on the mean
 
 def _means(rows):
     "One line a defense and setting: means over the attacks, percent."
-    frame = pd.DataFrame([dict(defense=row['defense'], setting=_words(row['setting']), ca=100*row['ca'], asr=100*row['asr'],
-                               robust=100*row['robust'], lost=int(is_lost(row)), failed=int(bool(row['failed']))) for row in rows])
+    frame = pd.DataFrame([dict(defense=row['defense'], setting=_words(row['setting']), ca=100*row['ca'],
+                               asr=100*row['asr'],
+                               robust=100*row['robust'], lost=int(is_lost(row)), failed=int(bool(row['failed'])))
+                          for row in rows])
     means = frame.groupby(['defense', 'setting'], sort=False).agg(
-        attacks=('ca', 'size'), ca=('ca', 'mean'), asr=('asr', 'mean'), asr_worst=('asr', 'max'), robust=('robust', 'mean'),
+        attacks=('ca', 'size'), ca=('ca', 'mean'), asr=('asr', 'mean'), asr_worst=('asr', 'max'),
+            robust=('robust', 'mean'),
         failed=('failed', 'sum'), lost=('lost', 'sum')).reset_index()
-    return means.sort_values('defense', key=lambda names: names.map(lambda name: rank('clean', name)), kind='stable').reset_index(drop=True)
+    return means.sort_values('defense', key=lambda names: names.map(lambda name: rank('clean', name)),
+                             kind='stable').reset_index(drop=True)
 
 def _words(setting): return ', '.join(f"{name.split('.')[-1]} {value:g}" for name, value in setting.items())
 
@@ -107,12 +112,14 @@ def _line(ax, lines, chosen, name):
     how, lines = look(name), lines.sort_values('asr')
     front = lines[lines['ca'] > lines['ca'].cummax().shift(fill_value=-1)]
     ax.plot(front['asr'], front['ca'], color=how['color'], lw=.9, zorder=2)
-    ax.plot(lines['asr'], lines['ca'], ls='', ms=3.6, mec='white', mew=.3, zorder=4 if name == 'invertune' else 3, **how)
+    ax.plot(lines['asr'], lines['ca'], ls='', ms=3.6, mec='white', mew=.3, zorder=4 if name == 'invertune' else 3,
+            **how)
     if chosen in lines.index:
         ax.plot(lines.loc[chosen, 'asr'], lines.loc[chosen, 'ca'], 'o', ms=8, mfc='none', mec=how['color'], mew=1.)
     if lines['setting'].str.contains(',').any(): return # too many to write beside
     for line in lines.itertuples():
-        ax.annotate(line.setting.split()[-1], (line.asr, line.ca), (3, 3), textcoords='offset points', fontsize=SMALL, color=how['color'])
+        ax.annotate(line.setting.split()[-1], (line.asr, line.ca), (3, 3), textcoords='offset points', fontsize=SMALL,
+                    color=how['color'])
 
 @figure
 def _frontier(rows):
@@ -122,13 +129,15 @@ def _frontier(rows):
     before, shown = means[means['defense'] == 'none'].iloc[0], means[means['ca'] >= floor]
     fig, ax = plt.subplots(figsize=(.75*WIDTH, 3.2))
     ax.axhspan(before.ca - _KEPT, before.ca, color='.95', lw=0, zorder=0)
-    ax.annotate(f'within {_KEPT:g} points of no defence', (99, before.ca - _KEPT), (0, 2), textcoords='offset points', ha='right',
+    ax.annotate(f'within {_KEPT:g} points of no defence', (99, before.ca - _KEPT), (0, 2), textcoords='offset points',
+                ha='right',
                 fontsize=SMALL, color='.35')
     names = [name for name in dict.fromkeys(means['defense']) if name != 'none']
     for name in names: _line(ax, shown[shown['defense'] == name], best[name], name)
     ax.plot(before.asr, before.ca, ls='', ms=5, **look('none'))
     ax.set(xlabel='attack success rate, %, mean over the attacks', ylabel='clean accuracy, %', xlim=(-2, 102))
-    if len(shown) < len(means): ax.set_title(f'settings that destroy the model, not drawn: {len(means) - len(shown)}', loc='left', fontsize=SMALL)
+    if len(shown) < len(means): ax.set_title(f'settings that destroy the model, not drawn: {len(means) - len(shown)}',
+                                             loc='left', fontsize=SMALL)
     legend(fig, ['none', *names])
     return fig
 
@@ -138,16 +147,19 @@ def _load(profile):
     params = stage_params('selection', profile)
     keys = [f'{attack}-{defense}' for attack in params['attacks'] for defense in params['grids']]
     rows = [row for key in keys for row in read_rows(result_dir(profile, 'selection', 'rows', key)/'rows.json')]
-    once = {(row['attack'], row['defense'], _words(row['setting'])): row for row in rows} # the undefended model is in every file
+    once = {(row['attack'], row['defense'], _words(row['setting'])): row
+            for row in rows} # the undefended model is in every file
     return list(once.values())
 
 def _said(rows):
     "What was chosen, and where a grid was too narrow."
     table = _table(rows)
     chosen = table[table['note'] != '']
-    told = [f"{shown_name(line.defense)}: {line.setting}, with a mean ASR of {line.asr:.2f} % at a CA of {line.ca:.2f} %." for line in chosen.itertuples()]
+    told = [f'{shown_name(line.defense)}: {line.setting}, with a mean ASR of {line.asr:.2f} % at a CA of {line.ca:.2f} %.'
+            for line in chosen.itertuples()]
     edges = [f'{shown_name(line.defense)} ({line.note})' for line in chosen.itertuples() if 'edge' in line.note]
-    return told + [f"At the edge of its grid: {'; '.join(edges)}." if edges else 'No chosen value is at the edge of its grid.']
+    return told + [f"At the edge of its grid: {'; '.join(edges)}." if edges
+                   else 'No chosen value is at the edge of its grid.']
 
 selection = Experiment(
     'selection', 'Which setting of each defence is the best on victims that no other table reports?', _load,

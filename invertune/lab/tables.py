@@ -25,7 +25,8 @@ from ..runtime import InvertuneError, atomic_path, load_json, save_json
 # %% ../../nbs/lab/01_tables.ipynb #92a76ae1
 RATES = ['ca', 'asr', 'robust', 'robust_clean', 'asr_any', 'asr_with_target', 'ca_top5']
 RECALLS = [f'{way}_r{k}' for way in ('i2t', 't2i') for k in (1, 5, 10)]
-_KEYS = ['attack', 'defense', 'seed', 'target', 'found', 'inverted_asr', 'failed', 'any_class', 'n', 'n_non_target', *RATES,
+_KEYS = ['attack', 'defense', 'seed', 'target', 'found', 'inverted_asr', 'failed', 'any_class', 'n', 'n_non_target',
+         *RATES,
          'ca_clean']
 
 def _is_fraction(value):
@@ -34,13 +35,15 @@ def _is_fraction(value):
 
 def _check_row(row, source):
     "Refuse a row that is not one of ours; the clean model alone has no ASR."
-    if isinstance(row, dict) and row.get('attack') == 'clean': row = dict.fromkeys(_KEYS) | row | dict(ca_clean=row.get('ca'))
+    if isinstance(row, dict) and row.get('attack') == 'clean':
+        row = dict.fromkeys(_KEYS) | row | dict(ca_clean=row.get('ca'))
     missing = [key for key in _KEYS if key not in row] if isinstance(row, dict) else _KEYS
     if missing: raise InvertuneError(f"{source} is not an evaluation of ours: a row lacks {', '.join(missing)}.")
     needed = ['ca', 'ca_top5', 'ca_clean'] if row['attack'] == 'clean' else [*RATES, 'ca_clean']
     for key in [*needed, *(key for key in RECALLS if key in row)]:
         if _is_fraction(row[key]): continue
-        raise InvertuneError(f"{source}: {key} of {row['attack']}, {row['defense']} is {row[key]!r}, not a fraction in [0,1].")
+        which = f"{key} of {row['attack']}, {row['defense']}"
+        raise InvertuneError(f'{source}: {which} is {row[key]!r}, not a fraction in [0,1].')
     return row
 
 # %% ../../nbs/lab/01_tables.ipynb #e4e06c6e
@@ -123,8 +126,9 @@ def _note(rows):
     if len(rows) == 1: return ', '.join(word for word, hits in marks.items() if any(hits))
     return ', '.join(f'{word} {sum(hits)} of {len(hits)}' for word, hits in marks.items() if any(hits))
 
-# %% ../../nbs/lab/01_tables.ipynb #df40245f
-COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_low', 'ca_high', 'asr', 'asr_low', 'asr_high', 'robust', 'robust_clean',
+# %% ../../nbs/lab/01_tables.ipynb #90d2f827
+COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_low', 'ca_high', 'asr', 'asr_low', 'asr_high', 'robust',
+           'robust_clean',
            'asr_any', 'any_class', 'asr_with_target', 'ca_top5', 'note']
 
 def _run(row): return row['attack'], row['seed'], row.get('trigger', 0)
@@ -146,7 +150,8 @@ def _line(attack, defense, rows):
     line = {key: pd.Series([row[key] for row in kept], dtype=float).mean() for key in RATES}
     for key in ('ca', 'asr'): line[f'{key}_low'], line[f'{key}_high'] = _interval(kept, key)
     worst = max(kept, key=lambda row: row['asr_any'] or 0)['any_class'] if attack != 'all' else None
-    return dict(attack=attack, defense=defense, seeds=len({row['seed'] for row in rows}), any_class=worst or '', note=_note(rows),
+    return dict(attack=attack, defense=defense, seeds=len({row['seed'] for row in rows}), any_class=worst or '',
+                note=_note(rows),
                 **{key: 100*value for key, value in line.items()})
 
 # %% ../../nbs/lab/01_tables.ipynb #cf405ab9
@@ -167,8 +172,9 @@ def rows_table(
     if twice: raise InvertuneError(f"{', '.join(min(twice)[:2])}: two rows have the same seed.")
     return pd.DataFrame([_line(*pair, group) for pair, group in _groups(rows).items()])[COLUMNS].round(2)
 
-# %% ../../nbs/lab/01_tables.ipynb #7a3462ab
-_SUMMARY = ['defense', 'runs', 'ca', 'ca_low', 'ca_high', 'asr', 'asr_low', 'asr_high', 'asr_fall', 'asr_worst', 'worst',
+# %% ../../nbs/lab/01_tables.ipynb #bf476a7a
+_SUMMARY = ['defense', 'runs', 'ca', 'ca_low', 'ca_high', 'asr', 'asr_low', 'asr_high', 'asr_fall', 'asr_worst',
+            'worst',
             'ca_fall', 'robust', 'robust_clean', 'asr_any', 'named', 'failed', 'lost']
 
 def _named(defense, rows):
@@ -184,7 +190,8 @@ def _summary_line(defense, rows, undefended):
     worst = max(kept, key=lambda row: row['asr'])
     where = f"{worst['attack']} {worst['seed']}" if len({row['seed'] for row in rows}) > 1 else worst['attack']
     return _line('all', defense, rows) | dict(
-        runs=len(rows), asr_fall=math.nan if defense == 'none' else 100*np.mean([1 - row['asr']/old['asr'] for old, row in pairs]),
+        runs=len(rows), asr_fall=math.nan if defense == 'none'
+                                              else 100*np.mean([1 - row['asr']/old['asr'] for old, row in pairs]),
         ca_fall=math.nan if defense == 'none' else 100*np.mean([old['ca'] - row['ca'] for old, row in pairs]),
         asr_worst=100*worst['asr'], worst=where, named=_named(defense, rows),
         failed=sum(bool(row['failed']) for row in rows), lost=sum(is_lost(row) for row in rows))
@@ -196,7 +203,8 @@ def mean_table(
     rows = [row for row in rows if row['attack'] != 'clean']
     undefended = {_run(row): row for row in rows if row['defense'] == 'none'}
     alone = sorted({f"{row['attack']} {row['seed']}" for row in rows if _run(row) not in undefended})
-    if alone: raise InvertuneError(f"A summary needs the undefended model of each run: 'none' is missing for {', '.join(alone)}.")
+    if alone: raise InvertuneError('A summary needs the undefended model of each run: '
+                                   f"'none' is missing for {', '.join(alone)}.")
     groups = {defense: group for (attack, defense), group in _groups(rows).items() if attack == 'all'}
     return pd.DataFrame([_summary_line(d, group, undefended) for d, group in groups.items()])[_SUMMARY].round(2)
 
@@ -216,12 +224,15 @@ def mean_sentences(
                     f"triggered images are read as what they are{' (' + ', '.join(asides) + ')' if asides else ''}.")
     return told
 
-# %% ../../nbs/lab/01_tables.ipynb #3d47f6cf
-_HEADINGS = {'attack': 'Attack', 'defense': 'Defence', 'seeds': 'Seeds', 'ca': 'CA %', 'asr': 'ASR %', 'robust': 'robust %',
-             'robust_clean': 'robust %, clean model', 'asr_any': 'ASR %, any class', 'any_class': 'any class', 'note': 'Note',
+# %% ../../nbs/lab/01_tables.ipynb #74f3489b
+_HEADINGS = {'attack': 'Attack', 'defense': 'Defence', 'seeds': 'Seeds', 'ca': 'CA %', 'asr': 'ASR %',
+             'robust': 'robust %',
+             'robust_clean': 'robust %, clean model', 'asr_any': 'ASR %, any class', 'any_class': 'any class',
+             'note': 'Note',
              'asr_with_target': 'ASR % with target', 'ca_top5': 'CA top-5 %', 'runs': 'Runs', 'asr_fall': 'ASR fall, %',
              'asr_worst': 'worst ASR %', 'worst': 'worst run', 'ca_fall': 'CA fall, points', 'named': 'label named',
-             'inverted_asr': 'inverted ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB', 'ca_clean': 'CA %, clean model',
+             'inverted_asr': 'inverted ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB',
+             'ca_clean': 'CA %, clean model',
              'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
              **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
@@ -233,11 +244,12 @@ def shown_name(
     return f"{defense.removesuffix('-given')}, label given" if given else defense
 
 def _cells(table, empty='', short=False):
-    "Rows of strings: counts and words as they are, measurements with two decimals; `short` folds intervals into their rate."
+    "Rows of strings: counts and words as they are, measurements with two decimals; `short` folds intervals in."
     def cell(name, value):
         if isinstance(value, str): return shown_name(value) if short and name == 'defense' else value or empty
         return empty if pd.isna(value) else f'{value:.2f}' if isinstance(value, float) else str(value)
-    rows = [{name: cell(name, value) for name, value in zip(table.columns, row)} for row in table.itertuples(index=False)]
+    rows = [{name: cell(name, value) for name, value in zip(table.columns, row)}
+            for row in table.itertuples(index=False)]
     for row in rows if short else []:
         for name in [name for name in row if f'{name}_low' in row]:
             low, high = row.pop(f'{name}_low'), row.pop(f'{name}_high')
@@ -247,7 +259,8 @@ def _cells(table, empty='', short=False):
 def _heads(table):
     "Headings of the printed columns, and which of them are numbers."
     names = [name for name in table.columns if not name.endswith(('_low', '_high'))]
-    return [_HEADINGS.get(name, name.replace('_', ' ')) for name in names], [pd.api.types.is_numeric_dtype(table[name]) for name in names]
+    return [_HEADINGS.get(name, name.replace('_', ' ')) for name in names], [pd.api.types.is_numeric_dtype(table[name])
+        for name in names]
 
 # %% ../../nbs/lab/01_tables.ipynb #89374490
 def to_csv(
@@ -294,13 +307,15 @@ def write_table(
     stem:Path, # path without suffix, such as results/glyphs/main/table
 )->list: # the three files
     "The table as CSV, Markdown and LaTeX."
-    texts = {Path(f'{stem}.csv'): to_csv(table), Path(f'{stem}.md'): to_markdown(table), Path(f'{stem}.tex'): to_latex(table)}
+    texts = {Path(f'{stem}.csv'): to_csv(table), Path(f'{stem}.md'): to_markdown(table),
+             Path(f'{stem}.tex'): to_latex(table)}
     for path, text in texts.items():
         with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
     return list(texts)
 
-# %% ../../nbs/lab/01_tables.ipynb #58320bd8
-EXPERIMENTS = ['main', 'seeds', 'selection', 'durability', 'unseen', 'ablations', 'scarce', 'domains', 'verdict'] # in the order of the claims
+# %% ../../nbs/lab/01_tables.ipynb #309c90c6
+EXPERIMENTS = ['main', 'seeds', 'selection', 'durability', 'unseen', 'ablations', 'scarce', 'domains',
+               'verdict'] # in the order of the claims
 
 @dataclass
 class Experiment:
@@ -336,16 +351,19 @@ def _metrics(table):
     means = table[table['attack'] == 'all'] if 'attack' in table.columns and (table['attack'] == 'all').any() else table
     key = 'defense' if 'defense' in means.columns else means.columns[0]
     names = [name for name in ('ca', 'asr', 'robust', 'asr_worst', 'auroc') if name in means.columns]
-    return {} if means[key].duplicated().any() else {row[key]: {name: row[name] for name in names if pd.notna(row[name])} for _, row in means.iterrows()}
+    return {} if means[key].duplicated().any() else {row[key]: {name: row[name] for name in names
+        if pd.notna(row[name])} for _, row in means.iterrows()}
 
 def _page(experiment, profile, data, tables):
     "The README of a folder of results."
     picture = lambda name: f"![{experiment.word}: {name.replace('_', ' ')}]({name}.png)"
     first, others = [n for n in tables if n == 'table'], [n for n in tables if n != 'table']
     parts = [f'# {experiment.word}', f'**{experiment.question}**', *(to_markdown(tables[name]) for name in first)]
-    parts += [picture(name) for name in experiment.figures if name == 'figure'] + ['\n'.join(f'- {s}' for s in experiment.said(data))]
+    parts += [picture(name) for name in experiment.figures if name
+              == 'figure'] + ['\n'.join(f'- {s}' for s in experiment.said(data))]
     parts += [f"## {name.replace('_', ' ').capitalize()}\n\n{to_markdown(tables[name])}" for name in others]
-    parts += [f"## {name.replace('_', ' ').capitalize()}\n\n{picture(name)}" for name in experiment.figures if name != 'figure']
+    parts += [f"## {name.replace('_', ' ').capitalize()}\n\n{picture(name)}" for name in experiment.figures
+              if name != 'figure']
     cost = _cost(experiment, profile)
     parts.append(f"Made by `{experiment.command}` for the profile `{profile}`{': ' + cost if cost else ''}. Every table is also there "
                  "as .csv and .tex, every figure as .pdf, and [report.ipynb](report.ipynb) is the notebook that made them.")
@@ -364,7 +382,8 @@ def write_report(
     for name, table in tables.items(): write_table(table, folder/_file_name(name, 'table'))
     for name, figure in figures.items(): save_figure(figure, folder/_file_name(name, 'figure'))
     save_json(folder/'metrics.json', _metrics(tables['table']))
-    with atomic_path(folder/'README.md') as part: part.write_text(_page(experiment, profile, data, tables), encoding='utf-8')
+    with atomic_path(folder/'README.md') as part: part.write_text(_page(experiment, profile, data, tables),
+        encoding='utf-8')
     return tables, figures, experiment.said(data)
 
 # %% ../../nbs/lab/01_tables.ipynb #f2423369
@@ -377,7 +396,8 @@ def _differences(committed, rerun, tolerance):
     "Cells of a rerun that differ by more than the tolerance, and rows that only one table has."
     old, new = _by_row(committed), _by_row(rerun)
     columns = [name for name in tolerance if name in old.columns and name in new.columns]
-    tables = [table[columns].apply(pd.to_numeric).rename_axis(columns='column').stack(future_stack=True) for table in (old, new)]
+    tables = [table[columns].apply(pd.to_numeric).rename_axis(columns='column').stack(future_stack=True)
+              for table in (old, new)]
     found = pd.concat(tables, axis=1, keys=['committed', 'rerun'], sort=False).reset_index()
     found['difference'] = (found['rerun'] - found['committed']).round(2)
     near = found['difference'].abs() <= found['column'].map(tolerance)
@@ -387,11 +407,13 @@ def _differences(committed, rerun, tolerance):
 def _parse(text, source):
     "A table of ours from its CSV; anything else is refused."
     try: table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[''])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error: raise InvertuneError(f"{source} is not a table: {error}.") from None
+    except (pd.errors.ParserError,
+            pd.errors.EmptyDataError) as error: raise InvertuneError(f"{source} is not a table: {error}.") from None
     lacking = [name for name in ('defense', 'ca', 'asr') if name not in table.columns]
     if lacking: raise InvertuneError(f"{source} is not a table of defenses: it has no column {', '.join(lacking)}.")
     rates = table[[name for name in TOLERANCE if name in table.columns]]
-    if table['defense'].isna().any() or (rates.apply(pd.to_numeric, errors='coerce').isna() & rates.notna()).any(axis=None):
+    if table['defense'].isna().any() or (rates.apply(pd.to_numeric,
+                                                     errors='coerce').isna() & rates.notna()).any(axis=None):
         raise InvertuneError(f"{source} is not a table of defenses: a cell is not a number.")
     return table
 
@@ -405,7 +427,8 @@ def _committed_table(profile, word, revision):
     "The same as it stands in git."
     place = f'{revision}:./results/{profile}/{word}/table.csv'
     try: done = subprocess.run(['git', 'show', place], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError: raise InvertuneError("git is not installed, so there is no committed table to compare with.") from None
+    except FileNotFoundError:
+        raise InvertuneError('git is not installed, so there is no committed table to compare with.') from None
     if done.returncode: raise InvertuneError(f"git has no table.csv of {word} of the profile {profile} at {revision}.")
     return _parse(done.stdout, place)
 
@@ -434,7 +457,8 @@ def check(
             f"As there, invertune leaves less of the backdoors than {', '.join(_outdone(old)) or 'no other'}."
     said = [f"The table {word} of {profile} {told[0]} {revision} {told[1]} of {steady} (tolerance in points: {points}).",
             '' if far.empty else to_markdown(far), order,
-            f'Told, but not counted: {len(aside)} cells of defenses that stop halfway.\n{to_markdown(aside)}' if len(aside) else '']
+            f'Told, but not counted: {len(aside)} cells of defenses that stop halfway.\n{to_markdown(aside)}'
+            if len(aside) else '']
     return far.empty and not gone, '\n'.join(filter(None, said))
 
 # %% ../../nbs/lab/01_tables.ipynb #70482dd0
@@ -442,10 +466,13 @@ def main(
     argv:list=None, # words after the command; the process's own where None
 )->int: # exit status: 0 all agree, 1 some differ or a file is missing
     "`python -m invertune.lab.tables check [--profile P] [--word W] [--revision R] [--ca POINTS] [--asr POINTS]`"
-    parser = argparse.ArgumentParser(prog='python -m invertune.lab.tables', description='Compare a rerun with the committed table.')
+    parser = argparse.ArgumentParser(prog='python -m invertune.lab.tables',
+                                     description='Compare a rerun with the committed table.')
     parser.add_argument('verb', choices=['check'])
-    for flag, default in [('profile', 'glyphs'), ('word', 'main'), ('revision', 'HEAD')]: parser.add_argument(f'--{flag}', default=default)
-    for flag in ('ca', 'asr'): parser.add_argument(f'--{flag}', type=float, default=TOLERANCE[flag], help='tolerance in points')
+    for flag, default in [('profile', 'glyphs'), ('word', 'main'),
+                          ('revision', 'HEAD')]: parser.add_argument(f'--{flag}', default=default)
+    for flag in ('ca', 'asr'): parser.add_argument(f'--{flag}', type=float, default=TOLERANCE[flag],
+                                                   help='tolerance in points')
     args = parser.parse_args(argv)
     tolerance = {column: args.ca if column.startswith('ca') else args.asr for column in TOLERANCE}
     try: agrees, text = check(args.profile, args.word, args.revision, tolerance)

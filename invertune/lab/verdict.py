@@ -25,12 +25,14 @@ from ..verdict import calibrate, judge
 def _judged(zoo, numbers, fitted):
     "Every model of some groups, judged."
     said = [(r, judge(r['evidence'], r['tower'], zoo[n]['classes'], fitted)) for n in numbers for r in zoo[n]['rows']]
-    return [{k: v for k,v in r.items() if k != 'evidence'} | dict(score=v.score, probability=v.probability, found=v.target, family=v.family)
+    return [{k: v for k,v in r.items() if k != 'evidence'}
+            | dict(score=v.score, probability=v.probability, found=v.target, family=v.family)
             for r,v in said]
 
 def _measure(zoo, calibration, held_out, side, search):
     "Fit on some groups, judge those and the others: (calibration, known rows, held-out rows)."
-    if not {*calibration, *held_out} <= {*zoo}: raise InvertuneError('calibration and held_out name groups that are not among groups')
+    if not {*calibration,
+            *held_out} <= {*zoo}: raise InvertuneError('calibration and held_out name groups that are not among groups')
     seen = [r for n in calibration for r in zoo[n]['rows']]
     fitted = calibrate(*([r[k] for r in seen] for k in ('evidence','tower','backdoored')), side=side, search=search)
     return fitted, _judged(zoo, calibration, fitted), _judged(zoo, held_out, fitted)
@@ -64,8 +66,10 @@ def _rates(rows):
     "False alarms, detections, and how often the label that is named is the right one: fractions and counts."
     bad,clean = ([r for r in rows if r['backdoored'] == b] for b in (True, False))
     mean = lambda hits: sum(hits) / len(hits) if hits else None
-    return dict(n=len(rows), backdoored=len(bad), false_alarms=mean([r['score'] > 0 for r in clean]), detected=mean([r['score'] > 0 for r in bad]),
-                label_named=mean([r['found'] == r['target'] for r in bad if r['score'] > 0]), ca=mean([r['ca'] for r in rows]))
+    return dict(n=len(rows), backdoored=len(bad), false_alarms=mean([r['score'] > 0 for r in clean]),
+                detected=mean([r['score'] > 0 for r in bad]),
+                label_named=mean([r['found'] == r['target'] for r in bad if r['score'] > 0]),
+                ca=mean([r['ca'] for r in rows]))
 
 # %% ../../nbs/lab/12_verdict.ipynb #df4cdc6f
 _HONEST = ('clean','tuned','frequent') # models without a backdoor
@@ -81,9 +85,11 @@ def _table(data):
     parts = dict(all=rows) | {t: [r for r in rows if r['tower'] == t] for t in dict.fromkeys(r['tower'] for r in rows)}
     parts |= {k: [r for r in rows if r['name'] == k] for k in dict.fromkeys(_kinds(rows))}
     def line(name, part):
-        asr, own, both = [r['asr'] for r in part if r['asr'] is not None], _rates(part), len({r['backdoored'] for r in part}) == 2
+        asr, own, both = [r['asr'] for r in part
+                          if r['asr'] is not None], _rates(part), len({r['backdoored'] for r in part}) == 2
         low, high = _interval(part) if both else (None, None)
-        return dict(models=name, n=own['n'], ca=own['ca'], asr=sum(asr)/len(asr) if asr else None, auroc=_auroc(part) if both else None,
+        return dict(models=name, n=own['n'], ca=own['ca'], asr=sum(asr)/len(asr) if asr else None,
+                    auroc=_auroc(part) if both else None,
                     auroc_low=low, auroc_high=high, **{k: own[k] for k in ('false_alarms','detected','label_named')})
     table = pd.DataFrame([line(*part) for part in parts.items()])
     return pd.concat([table[['models','n']], 100*table.drop(columns=['models','n']).astype(float)], axis=1).round(2)
@@ -105,20 +111,25 @@ def _scores(data):
     honest = sum(k in _HONEST for k in kinds)
     a.axhline(honest - .5, color='.85', lw=.6)
     for y,words in ((honest - .55, 'no backdoor'), (honest - .45, 'backdoored')):
-        a.annotate(words, (1, y), xycoords=('axes fraction', 'data'), ha='right', va='bottom' if words == 'no backdoor' else 'top', fontsize=SMALL, color='.35')
-    a.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel='score (log odds of a backdoor)', title='held-out groups'); a.invert_yaxis(); a.legend()
+        a.annotate(words, (1, y), xycoords=('axes fraction', 'data'), ha='right',
+                   va='bottom' if words == 'no backdoor' else 'top', fontsize=SMALL, color='.35')
+    a.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel='score (log odds of a backdoor)',
+          title='held-out groups'); a.invert_yaxis(); a.legend()
     x,y,_ = roc_curve([r['backdoored'] for r in rows], [r['score'] for r in rows])
     b.plot(100*x, 100*y, color='k'); b.plot([0,100], [0,100], color='gray', lw=.8, ls='--')
-    b.set(xlabel='false alarms, %', ylabel='detected, %', title=f'AUROC {_auroc(rows):.3f}', xlim=(-2,102), ylim=(-2,102), aspect='equal')
+    b.set(xlabel='false alarms, %', ylabel='detected, %', title=f'AUROC {_auroc(rows):.3f}', xlim=(-2,102),
+          ylim=(-2,102), aspect='equal')
     return fig
 
 @figure
 def _costs(data):
     "Seconds over the number of class names."
     rows, fig = data['costs'], plt.figure(figsize=(.6*WIDTH, 2.4))
-    ax, names = fig.add_subplot(), dict(per_class='per-class search (sampled, multiplied)', identify='identification', verdict='verdict')
+    ax, names = fig.add_subplot(), dict(per_class='per-class search (sampled, multiplied)', identify='identification',
+                                        verdict='verdict')
     for (key,name),dash,marker,shade in zip(names.items(), (':', '-', '--'), 's^o', ('.55', '#c8102e', 'k')):
-        ax.plot([r['classes'] for r in rows], [r[key] for r in rows], color=shade, marker=marker, ls=dash, ms=4, label=name)
+        ax.plot([r['classes'] for r in rows], [r[key] for r in rows], color=shade, marker=marker, ls=dash, ms=4,
+                label=name)
     ax.set(xscale='log', yscale='log', xlabel='class names', ylabel='seconds'); ax.legend()
     ax.set_xticks([r['classes'] for r in rows], [str(r['classes']) for r in rows]); ax.minorticks_off()
     return fig
@@ -135,14 +146,21 @@ def _said(data):
     honest = own['n'] - own['backdoored']
     (_,alarms),(detected,_) = wilson(own['false_alarms'], honest), wilson(own['detected'], own['backdoored'])
     drops = [h['drop'] for h in data['harm']]
-    return [f"On {own['n']} held-out models, {own['backdoored']} of them backdoored, AUROC is {_auroc(data['rows']):.3f} (95 % interval {low:.3f} to {high:.3f}, by group); "
+    return [f"On {own['n']} held-out models, {own['backdoored']} of them backdoored, AUROC is {_auroc(data['rows']):.3f} "
+            f'(95 % interval {low:.3f} to {high:.3f}, by group); '
             f"on those that it was calibrated on, {data['calibration_auroc']:.3f}.",
-            f"{own['false_alarms']:.1%} of the clean ones are taken for backdoored, {own['detected']:.1%} of the backdoored ones are detected"
-            + (f", and of these {own['label_named']:.1%} with the right label." if own['label_named'] is not None else '.'),
-            f"Were they independent, {honest} clean models and {own['backdoored']} backdoored ones would leave room (Wilson, 95 %) for false alarms up to {alarms:.0%} "
+            f"{own['false_alarms']:.1%} of the clean ones are taken for backdoored, "
+            f"{own['detected']:.1%} of the backdoored ones are detected"
+            + (f", and of these {own['label_named']:.1%} with the right label."
+               if own['label_named'] is not None else '.'),
+            f"Were they independent, {honest} clean models and {own['backdoored']} backdoored ones would leave room "
+            f'(Wilson, 95 %) for false alarms up to {alarms:.0%} '
             f"and for as few as {detected:.0%} detected; relatives leave more.",
-            f"The gated defence takes at most {100*max(drops):.1f} points of CA from a clean model, {100*sum(drops)/len(drops):.2f} on the mean."]
+            f'The gated defence takes at most {100*max(drops):.1f} points of CA from a clean model, '
+            f'{100*sum(drops)/len(drops):.2f} on the mean.']
 
-verdict = Experiment('verdict', 'Does a verdict tell backdoored models from clean ones that its calibration has not seen?', _load,
-                     tables={'table': _table, 'search_costs': _cost_table}, figures={'figure': _scores, 'search_costs': _costs}, said=_said,
+verdict = Experiment('verdict',
+                     'Does a verdict tell backdoored models from clean ones that its calibration has not seen?', _load,
+                     tables={'table': _table, 'search_costs': _cost_table},
+                     figures={'figure': _scores, 'search_costs': _costs}, said=_said,
                      measure=_measure, costs=('verdict/rows/cost.json', 'zoo/rows/*/cost.json'))
