@@ -85,9 +85,10 @@ class Bank(Drawn):
 
     def picture(self)->Image.Image: # of the best four: the mask, the trigger on a card
         "The triggers and where they act."
-        if not len(self): return tile_rows([[torch.ones(32, 96)]], [['an empty bank']])
+        if not len(self): return tile_rows([[torch.ones(16, 96)]], [['an empty bank']], 16)
         tiles = [[self.mask(i), *self[i].tiles()[1:]] for i in range(min(4, len(self)))]
-        return tile_rows(tiles, [[f'{f} {a:.0%}'] + ['']*(len(t)-1) for f,a,t in zip(self.families, self.asr, tiles)])
+        titles = [[f'{f}, inverted ASR {a:.0%}', '', ''] for f,a in zip(self.families, self.asr)]
+        return tile_rows(tiles, titles)
 
     def __repr__(self):
         said = ', '.join(f'{f} {a:.0%}' for f,a in zip(self.families, self.asr))
@@ -139,7 +140,7 @@ def invert_paper(
     steps:int=200, # of Adam (paper)
     lr:float=.01, # of Adam (paper), in [0,1] pixels
     bs:int=64, # images a step (paper)
-    every:int=10, # steps between two looks at the inverted ASR
+    every:int=20, # steps between two looks at the inverted ASR
     budget:float=.02, # share of the image that the mask of the kept state covers, if any does; the published ones: .01
     limit:float=.05, # share of the image over which the inversion has failed
     gate:float=.7, # inverted ASR under which the inversion has failed (paper)

@@ -237,11 +237,12 @@ def search_places(
 
 # %% ../nbs/method/10_search.ipynb #5a651f02
 def text_image_gap(
-    case:Case, # all of its clean images are used
+    case:Case, # its parts `fit` and `select` are used, for a target is chosen by this
     least:int=3, # images that must be read as a class; of fewer nothing is said
 )->torch.Tensor: # differences of cosines [C]; 0 where nothing is said
     "How much worse than usual the images read as a class fit its text."
-    cos,read = (case.embeddings @ case.head.cpu().T).max(1)
+    f = case.embeddings[:len(case.fit) + len(case.select)]
+    cos,read = (f @ case.head.cpu().T).max(1)
     known = [(read == c).sum() >= least for c in range(len(case.classes))]
     fits = torch.stack([cos[read == c].mean() if k else cos.new_tensor(math.nan) for c,k in enumerate(known)])
     return (fits.nanquantile(.5) - fits).nan_to_num(0.)
