@@ -137,8 +137,11 @@ def test_a_defense_opens_no_file(received, defender, name, no_files):
     assert no_files == []
 
 
-@pytest.mark.parametrize('read', [load_trigger, read_tensors, lambda p: p.read_bytes(), lambda p: os.open(p, os.O_RDONLY),
-                                  torch.load, lambda p: list(p.parent.iterdir())])
+WAYS = [load_trigger, read_tensors, torch.load, Path.read_bytes, lambda p: os.open(p, os.O_RDONLY),
+        lambda p: list(p.parent.iterdir())]
+
+
+@pytest.mark.parametrize('read', WAYS)
 def test_a_defense_that_opens_one_is_caught(received, defender, read, tmp_path, monkeypatch, request):
     "Even one that hides that it tried."
     file = tmp_path/'results'/'glyphs'/'poison'/'0'/'badnet'/'trigger.safetensors'
@@ -189,15 +192,16 @@ def test_the_notebook_keeps_secrets():
                'attack_success', 'metrics.json')
     assert not [w for w in secrets if w in code] and "'poison', seed, attack)/'model.safetensors'" in code
     assert code.count('target_of(') == 1
-    assert 'if DEFENSES[defense].needs_target: params = params | dict(target=target_of(' in code
+    assert 'if DEFENSES[defense].needs_target: settings = settings | dict(target=target_of(' in code
 
 
 # Every attack is cured
 
 RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.),
-               badclip=dict(size=48, trigger_steps=60), badencoder=dict(size=48, pattern='fixed', epochs=6, lr=2e-3, bs=32))
+               badclip=dict(size=48, trigger_steps=60),
+               badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
-CURE = dict(identify=dict(steps=15), invert=dict(steps=16), tune=dict(steps=60, lr=3e-3, rounds=1))
+CURE = dict(identify=dict(steps=15), tune=dict(steps=60, lr=5e-3, search=dict(steps=16)))
 
 
 @pytest.fixture(scope='module', params=list(ATTACKS))
@@ -255,7 +259,8 @@ def test_mistakes_are_said(received, defender):
     with says("the defense 'ft' is there already"): register_defense('ft')(test_mistakes_are_said)
 
 
-@pytest.mark.parametrize('images, captions, sentence', [(64, 3, '64 images, but 3 captions'), (8, 8, '8 images are too few')])
+@pytest.mark.parametrize('images, captions, sentence', [(64, 3, '64 images, but 3 captions'),
+                                                        (8, 8, '8 images are too few')])
 def test_rivals_share_their_sentences(received, defender, images, captions, sentence):
     "What is wrong with the images or captions is said before any defense sees them."
     given = vars(defender) | dict(images=defender.images[:images], captions=defender.captions[:captions])

@@ -18,8 +18,8 @@ from invertune.verdict import calibrate, clean, gather_evidence, judge, load_cal
 FAMILIES = (*verdict._WHOLE, *verdict._PATCHES)
 USUAL = {f: (.5, .1) for f in FAMILIES}
 SHORT = dict(steps=2, bs=8, families=('patch of 49', 'warp'))
-NEVER, ALWAYS = (dict(side=32, search=SHORT, usual=dict(resnet=USUAL), names=['local'], mean=[0.], scale=[1.], weights=[0.],
-                      bias=b) for b in (-1., 1.))
+NEVER, ALWAYS = (dict(side=32, search=SHORT, usual=dict(resnet=USUAL), names=['local'], mean=[0.], scale=[1.],
+                      weights=[0.], bias=b) for b in (-1., 1.))
 
 
 @pytest.fixture(scope='module')
