@@ -183,6 +183,7 @@ def _strip_traces(
     "Remove what differs from machine to machine and from run to run, and is no result."
     for part in (nb, *nb['cells']): part['metadata'].pop('papermill', None)
     for cell in nb['cells']:
+        if 'injected-parameters' in cell['metadata'].get('tags', []): cell['id'] = 'injected'  # papermill draws one
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
         for out in cell.get('outputs', []):
             if 'text' in out: out['text'] = _without_places(out['text'])
@@ -235,7 +236,8 @@ def run_words(
 # %% ../../nbs/run/00_stages.ipynb #a456c4a1
 def _watched(words:list)->int:
     "Run a stage in a fork and show how far it is; the fork can be killed, this process then says so."
-    job, live, shown = Job('-'.join(words).replace('/', ':'), lambda: run_words(words)), sys.stderr.isatty(), time.time()
+    job = Job(' '.join(words).replace('/', ':'), lambda: run_words(words))
+    live, shown = sys.stderr.isatty(), time.time()
     try:
         while not job.ended():
             time.sleep(.1)
