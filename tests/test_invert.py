@@ -173,7 +173,7 @@ def test_what_is_promising(case, monkeypatch):
 def test_a_class_that_nothing_leads_to_fails(small):
     "On the clean model the published inversion comes to no trigger, and says so."
     bank = invert_paper(Case(small.clip, small.defender), small.target)
-    assert not bank.passed and bank.report['failed'] == bank.failed and bank.failed.startswith('the inversion has failed')
+    assert not bank.passed and bank.report['failed'] == bank.failed
 
 
 def test_neighbours():
