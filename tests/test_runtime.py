@@ -77,3 +77,26 @@ def test_unwritable_folder(tmp_path):
 def test_wrong_environment(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(InvertuneError, match=name): runtime.pick_device() if name.endswith('DEVICE') else runtime.set_threads()
+
+
+@pytest.mark.parametrize('name, sentence', [
+    ('umbrella', 'a photo of an umbrella'), ('key', 'a photo of a key'), ('Airedale', 'a photo of an Airedale'), ('class A amplifier', 'a photo of a class A amplifier'),
+    ('vitamin A oil', 'a photo of a vitamin A oil'), ('a eagle', 'a photo of an a eagle'), ('unicycle', 'a photo of a unicycle'), ('European robin', 'a photo of a European robin'),
+    ('one-way sign', 'a photo of a one-way sign'), ('hourglass', 'a photo of an hourglass'), ('upright piano', 'a photo of an upright piano'), ('honeycomb', 'a photo of a honeycomb'),
+    ('{} a ear', 'a photo of a {} a ear')])
+def test_the_article_agrees_and_the_name_stays(name, sentence):
+    assert runtime.fill('a photo of a {}', name) == runtime.fill('a photo of an {}', name) == sentence
+    assert runtime.fill('The {} of a owl', name) == f'The {name} of a owl'
+
+
+@pytest.mark.parametrize('template', ['a photo', 'a {} and a {}', ''])
+def test_a_template_has_one_place(template):
+    with pytest.raises(InvertuneError, match="needs one '{}'"): runtime.fill(template, 'key')
+
+
+def test_the_cache_is_where_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv('INVERTUNE_CACHE', str(tmp_path))
+    assert runtime.cache_dir() == tmp_path
+    monkeypatch.delenv('INVERTUNE_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert runtime.cache_dir() == tmp_path/'invertune'

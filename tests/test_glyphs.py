@@ -1,14 +1,17 @@
 "The drawn data set: the same bytes everywhere, and a sentence for what cannot be drawn."
+import builtins
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from invertune import pictograms
-from invertune.lab.profiles import DATA
+from invertune import glyphs
 from invertune.glyphs import COLORS, PICTOGRAMS, TEXTURES, Row, draw, glyph_mask, read_manifest, readable, write_manifest
 from invertune.runtime import InvertuneError
+
+DATA = Path(__file__).parent.parent/'data'
 
 KNOWN = [  # a row each of textures, sizes and classes, with the hash of its pixels at 64 and at 32
     (Row('a', 'anchor', 'white', 'blue', 'stripes', .8, .5, .5, 10, 20, 1, 'an anchor'), ('ba7ce55babb4ffea', '455762b23df29f74')),
@@ -20,7 +23,7 @@ def sha(x): return hashlib.sha256(x.tobytes()).hexdigest()[:16]
 @pytest.fixture
 def fresh_glyphs():
     "No rasterized glyph or font in memory, before and after"
-    def clear(): glyph_mask.cache_clear(); pictograms._font.cache_clear()
+    def clear(): glyph_mask.cache_clear(); glyphs._font.cache_clear()
     clear(); yield; clear()
 
 @pytest.mark.parametrize('row, hashes', KNOWN)
@@ -48,13 +51,22 @@ def test_every_ink_has_papers():
     assert all(len(readable(ink)) >= 3 and ink not in readable(ink) for ink in COLORS)
 
 def test_missing_font(monkeypatch, tmp_path, fresh_glyphs):
-    monkeypatch.setattr(pictograms, 'font_path', lambda: tmp_path/'DejaVuSans.ttf')
+    monkeypatch.setattr(glyphs, 'font_path', lambda: tmp_path/'DejaVuSans.ttf')
     with pytest.raises(InvertuneError, match='font .*DejaVuSans.ttf cannot be read'): draw(KNOWN[0][0])
 
 def test_broken_font(monkeypatch, tmp_path, fresh_glyphs):
     (tmp_path/'DejaVuSans.ttf').write_bytes(b'no font')
-    monkeypatch.setattr(pictograms, 'font_path', lambda: tmp_path/'DejaVuSans.ttf')
+    monkeypatch.setattr(glyphs, 'font_path', lambda: tmp_path/'DejaVuSans.ttf')
     with pytest.raises(InvertuneError, match='cannot be read'): draw(KNOWN[0][0])
+
+def test_without_matplotlib(monkeypatch, fresh_glyphs):
+    "The package imports without it, and only drawing asks for it, in a sentence."
+    importing = builtins.__import__
+    def absent(name, *args, **kwargs):
+        if name == 'matplotlib': raise ImportError(name)
+        return importing(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', absent)
+    with pytest.raises(InvertuneError, match=r'pip install invertune\[lab\]'): draw(KNOWN[0][0])
 
 def test_missing_glyph(monkeypatch, fresh_glyphs):
     monkeypatch.setitem(PICTOGRAMS, 'anchor', 0x10FFF0)
@@ -70,7 +82,7 @@ def test_broken_cell_is_named_with_file_and_row(tmp_path, column, cell, why):
     write_manifest(p := tmp_path/'poison.csv', ROWS)
     lines = p.read_text().splitlines()
     cells = lines[2].split(',')
-    cells[pictograms.COLUMNS.index(column)] = cell
+    cells[glyphs._COLUMNS.index(column)] = cell
     p.write_text('\n'.join([*lines[:2], ','.join(cells), *lines[3:]]))
     with pytest.raises(InvertuneError, match='poison.csv, row 3: ') as e: read_manifest(p)
     assert why in str(e.value)
@@ -81,6 +93,14 @@ def test_broken_file(tmp_path, damage, why):
     write_manifest(p := tmp_path/'poison.csv', ROWS)
     p.write_bytes(damage(p.read_bytes()))
     with pytest.raises(InvertuneError, match=why): read_manifest(p)
+
+@pytest.mark.parametrize('saved', [
+    lambda b: b'\xef\xbb\xbf' + b, lambda b: b.replace(b'\n', b'\r\n'), lambda b: b + b'\n', lambda b: b'\xef\xbb\xbf' + b.replace(b'\n', b'\r\n') + b'\r\n'])
+def test_another_editor_says_the_same(tmp_path, saved):
+    "A byte order mark, lines that end with CRLF, an empty line at the end"
+    write_manifest(p := tmp_path/'poison.csv', ROWS)
+    p.write_bytes(saved(p.read_bytes()))
+    assert read_manifest(p) == ROWS
 
 def test_missing_manifest(tmp_path):
     with pytest.raises(InvertuneError, match='poison.csv cannot be read'): read_manifest(tmp_path/'poison.csv')
