@@ -1,4 +1,4 @@
-"A small checkout to break: settings, parameters and stage notebooks of its own, beside the installed package."
+"A small checkout to break: settings, parameters and a stage notebook of its own, beside the installed package."
 import os
 import subprocess
 import sys
@@ -7,24 +7,27 @@ import nbformat
 import pytest
 
 PARAMS = '''
-profile: glyphs  # the switch
+profile: glyphs  # the one that is run where none is named
 seed: 3
 poison: {epochs: 2, lr: 1.0e-3}
+attacks: {badnet: {}, sig: {size: 9}}
+unseen: {attacks: {}}
+data: {source: glyphs}
 profiles:
   glyphs: {}
   smoke: {poison: {epochs: 1}}
 '''
-DECLARED = "profile = 'smoke'\nseed = 0\nattack = 'badnet'\nepochs = 1\nlr = 1.0e-3\nfail = ''\n"
-CHECK = '''from invertune.paths import result_dir
+DECLARED = "profile = 'smoke'\nseed = 0\nattack = 'badnet'\nrecipe = {}\nepochs = 1\nlr = 1.0e-3\nfail = ''\n"
+CHECK = '''from invertune.lab.profiles import result_dir
 from invertune.runtime import InvertuneError, progress, save_json
 from invertune.run.stages import check_parameters
-check_parameters(globals(), In, profile=str, seed=int, attack=['badnet', 'sig'], epochs=int, lr=float, fail=str)'''
+check_parameters(globals(), In, profile=str, seed=int, attack=['badnet', 'sig'], recipe=dict, epochs=int, lr=float, fail=str)'''
 WORK = '''if fail == 'sentence': raise InvertuneError('The attack did not take.')
 if fail == 'defect': 1/0
 if fail == 'killed':
     import os; os.kill(os.getpid(), 9)
 for _ in progress(range(epochs), desc='epoch'): pass
-save_json(result_dir(profile, 'poison', attack)/'metrics.json', {'epochs': epochs, 'seed': seed})'''
+save_json(result_dir(profile, 'poison', seed, attack)/'metrics.json', {'epochs': epochs, 'seed': seed, 'recipe': recipe})'''
 
 
 class Checkout:
@@ -40,19 +43,19 @@ class Checkout:
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)],
                                       metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
         nb.cells[0].metadata['tags'] = ['parameters']
-        (self.root/'nbs'/'pipeline').mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, self.root/'nbs'/'pipeline'/f'{name}.ipynb')
+        (self.root/'nbs'/'stages').mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, self.root/'nbs'/'stages'/f'{name}.ipynb')
 
-    def command(self, module, *words):
+    def command(self, module, *words, **env):
         "The arguments of a process that runs one of our commands here."
-        env = {k: v for k, v in os.environ.items() if not k.startswith('INVERTUNE')}
-        env['PATH'] = os.path.dirname(sys.executable) + os.pathsep + env['PATH']
-        return dict(args=[sys.executable, '-m', f'invertune.{module}', *words], cwd=self.root, text=True,
-                    env={**env, 'INVERTUNE_ROOT': str(self.root), 'PYTHONPATH': os.getcwd()})
+        kept = {k: v for k, v in os.environ.items() if not k.startswith('INVERTUNE')}
+        kept['PATH'] = os.path.dirname(sys.executable) + os.pathsep + kept['PATH']
+        return dict(args=[sys.executable, '-m', f'invertune.run.{module}', *words], cwd=self.root, text=True,
+                    env={**kept, 'INVERTUNE_ROOT': str(self.root), 'PYTHONPATH': os.getcwd(), **env})
 
-    def run(self, module, *words):
+    def run(self, module, *words, **env):
         "Run one of our commands here and wait for it."
-        return subprocess.run(**self.command(module, *words), capture_output=True)
+        return subprocess.run(**self.command(module, *words, **env), capture_output=True)
 
 
 @pytest.fixture

@@ -1,298 +1,276 @@
-"A defense gets a model and clean pairs, and nothing else; what came in is as it was; the same seed gives the same model."
-import ast
+"A defense gets a model and clean pairs, and nothing else; every attack is cured; a failed inversion changes nothing."
 import inspect
 import json
+import os
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 import yaml
 
-from invertune import defenses, identify, invert, tune
-from invertune.defenses import DEFENSES, defend
-from invertune.defender import Clean
-from invertune.identify import start
-from invertune.invert import load_bank, make_bank
-from invertune.metrics import embed
-from invertune.model import load_clip, pixels, save_clip, tiny_clip
+import invertune
+from invertune import defenses
+from invertune.attacks import ATTACKS, Setup, attack
+from invertune.defender import Case, Defender
+from invertune.defenses import DEFENSES, defend, register_defense
+from invertune.invert import Bank
 from invertune.lab.profiles import ROOT
+from invertune.metrics import evaluate
+from invertune.model import load_clip, read_tensors, save_clip
 from invertune.runtime import InvertuneError
+from invertune.triggers import load_trigger, patch_trigger
 
-SHORT = {'none': {}, 'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16),
-         'invertune-paper': dict(identify=dict(steps=2), invert=dict(steps=4), tune=dict(steps=3)),
-         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1), invert=dict(steps=2, stride=56, families=('warp',)),
-                           tune=dict(steps=3, gate=0., search=dict(steps=2, stride=56, families=('warp',))))}
+PAPER = dict(invert=dict(steps=4, limit=1., gate=0.), tune=dict(steps=3))
+SHORT = {'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16), 'par': dict(epochs=1, bs=16),
+         'invertune-paper': PAPER | dict(identify=dict(steps=2)),
+         'invertune-paper-given': PAPER | dict(target='umbrella'),
+         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1),
+                           invert=dict(steps=2, stride=56, families=('warp',), gate=0.),
+                           tune=dict(steps=3, search=dict(steps=2, stride=56, families=('warp',))))}
+INVERTING = [n for n in DEFENSES if n.startswith('invertune')]
 
 
+def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+def told(report):
+    "All of a report that a second run repeats, as text."
+    return json.dumps({k: v for k, v in report.items() if k not in ('seconds', 'peak_mb', 'bank')}, sort_keys=True)
 
 
 @pytest.fixture(scope='module')
 def received(small, tmp_path_factory):
     "The suspicious model as the pipeline hands it over: read from a file."
-    file = tmp_path_factory.mktemp('poison')/'model.safetensors'
+    file = tmp_path_factory.mktemp('received')/'model.safetensors'
     save_clip(small.bad, file)
     return load_clip(file)
 
 
 @pytest.fixture(scope='module')
-def clean(small):
+def defender(small):
     d = small.defender
-    return Clean(d.images[:64].clone(), list(d.captions[:64]), small.classes, small.templates)
+    return Defender(d.images[:64].clone(), d.captions[:64], small.classes, small.templates)
 
 
 @pytest.fixture(scope='module')
-def defended(received, clean):
+def defended(received, defender):
     "Every defense, once"
-    before = state(received), clean.images.clone(), list(clean.captions)
-    return before, {name: defend(name, received, clean, **SHORT[name]) for name in DEFENSES}
+    before = state(received), defender.images.clone(), list(defender.captions)
+    return before, {name: defend(name, received, defender, **SHORT.get(name, {})) for name in DEFENSES}
 
 
 @pytest.mark.parametrize('name', DEFENSES)
-def test_what_came_in_is_as_it_was(defended, received, clean, name):
+def test_what_came_in_is_as_it_was(defended, received, defender, name):
     (weights, images, captions), made = defended
-    assert same(state(received), weights) and torch.equal(clean.images, images) and clean.captions == captions
+    assert same(state(received), weights) and torch.equal(defender.images, images) and defender.captions == captions
     assert not received.training and all(p.requires_grad and not p._backward_hooks for p in received.parameters())
     tuned, report = made[name]
     assert tuned is not received and not tuned.training and same(state(tuned), weights) == (name == 'none')
-    assert all(p.requires_grad and not p._backward_hooks for p in tuned.parameters())  # whoever gets it can go on training
+    assert all(p.requires_grad and not p._backward_hooks for p in tuned.parameters())  # one can go on training
     assert report['seconds'] >= 0 and report['peak_mb'] > 0
     assert all(v.isfinite().all() for v in tuned.state_dict().values())
 
 
 @pytest.mark.parametrize('name', DEFENSES)
-def test_same_seed(defended, received, clean, name):
+def test_same_seed(defended, received, defender, name):
     "The same seed gives the same model, bit for bit, and the same report but for its cost."
-    (_, made), (again, report) = defended, defend(name, received, clean, **SHORT[name])
+    (_, made), (again, report) = defended, defend(name, received, defender, **SHORT.get(name, {}))
     tuned, first = made[name]
-    told = lambda r: json.dumps({k: v for k, v in r.items() if k not in ('seconds', 'peak_mb')}, sort_keys=True)
     assert same(state(tuned), state(again)) and told(first) == told(report)
 
 
-def test_the_published_tuning_leaves_text_and_statistics_alone(defended):
-    "The text tower and BatchNorm's running statistics are those of the received model."
-    (before, _, _), made = defended
-    after = made['invertune-paper'][0].state_dict()
-    kept = [k for k in before if not k.startswith('model.visual.') or 'running' in k or 'num_batches' in k]
-    assert len(kept) > 20 and all(torch.equal(before[k], after[k]) for k in kept)
+@pytest.mark.parametrize('name', INVERTING)
+def test_report(defended, name, tmp_path):
+    "All of it is JSON but for the bank, which has a file of its own."
+    _, report = defended[1][name]
+    keys = {'target', 'inverted_asr', 'gate', 'failed', 'identification', 'inversion', 'tuning'}
+    assert keys <= json.loads(told(report)).keys()
+    assert report['inverted_asr'] == report['bank'].asr[0] and report['failed'] is None and report['tuning']['curve']
+    report['bank'].save(tmp_path/'bank.safetensors'); Bank([], []).save(tmp_path/'none.safetensors')
 
 
-def test_ours_takes_the_statistics_of_clean_images(defended, clean):
-    "Those of the weights that it delivers; the text tower is the received one."
-    (before, _, _), made = defended
-    tuned = made['invertune'][0]
-    after = state(tuned)
-    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith('model.visual.'))
-    tune.settle(tuned, clean.images)
-    assert all(torch.allclose(v, tuned.state_dict()[k], atol=1e-6) for k, v in after.items() if 'running' in k)
-    assert any(not torch.allclose(before[k], after[k]) for k in before if 'running' in k)
-
-
-def test_a_tower_without_batchnorm(clean):
-    "Nothing to absorb, nothing to follow; it is tuned all the same."
-    vit = tiny_clip('vit', width=4, layers=(1, 1), image_size=32, text_width=32, text_layers=1, embed_dim=32, context=8)
-    bank = make_bank([(start('patch', 32), 1.)])
-    tuned, _ = tune.erase(vit, clean.images, clean.head(vit), 4, bank, rounds=1, steps=2)
-    assert not tune.batch_norms(vit) and same(state(tune.absorb(vit, clean.images)), state(vit)) and not same(state(tuned), state(vit))
-
-
-def test_absorbing_changes_statistics_and_no_function(received, clean):
-    "Statistics become those of the clean images; every image, of any kind, is embedded as before, and the received model stays as it is."
-    before, noise = state(received), torch.randint(256, (16, *clean.images.shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    made = tune.absorb(received, clean.images)
-    for images in (clean.images, noise): assert torch.allclose(embed(made, images), embed(received, images), atol=1e-5)
-    assert same(state(received), before)
-    first, seen = tune.batch_norms(made)[0], []
-    handle = first.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    with torch.no_grad(): made.encode_image(pixels(clean.images, 'cpu'))
-    handle.remove()
-    x = seen[0].transpose(0, 1).flatten(1)
-    assert torch.allclose(first.running_mean, x.mean(1), atol=1e-5) and torch.allclose(first.running_var, x.var(1, correction=0), rtol=1e-3)
-    assert not any(torch.allclose(a.running_mean, b.running_mean) for a, b in zip(tune.batch_norms(made), tune.batch_norms(received)))
-
-
-def test_only_critical_rows_of_the_selected_layers_move(received, clean):
-    "As published: nothing moves but the selected layers, and in tensors of their width only the rows of critical channels."
-    bank = make_bank([(start('patch', 32), 1.)])
-    tuned, report = tune.tune_paper(received, clean.images, bank, steps=3, lr=1e-3)
-    mask = tune.inspect_layers(received, clean.images, bank[0])['masks'][report['selected'][0]]
-    rows = mask.flatten(1).any(1)
-    assert 0 < rows.sum() < len(rows) and report['critical'][report['selected'][0]]['channels'] == rows.sum()
-    moved = {k for k, v in tuned.state_dict().items() if not torch.equal(v, received.state_dict()[k])}
-    assert moved and all(k.startswith(tuple(f'model.visual.{n}.' for n in report['selected'])) for k in moved)
-    k = f"model.visual.{report['selected'][0]}.0.conv3.weight"
-    change = (tuned.state_dict()[k] - received.state_dict()[k]*(1 - 1e-3*1e-4)**3).abs().flatten(1).amax(1)  # less AdamW's own decay
-    assert k in moved and change[~rows].max() < 1e-6 < change[rows].max()
+def test_a_model_in_train_mode_stays_in_it(received, defender):
+    "Whoever trains may look in between."
+    received.train()
+    tuned, _ = defend('none', received, defender)
+    assert received.training and all(m.training for m in received.modules()) and not tuned.training
+    received.eval()
 
 
 # What a defender may know
 
 ALLOWED = {'images', 'captions', 'classes', 'templates'}
-SECRETS = ('trigger.safetensors', 'load_trigger', 'evaluation', 'attack_success', 'poison_pairs', 'pretrain', "['poison']", 'params.yaml', 'stage_params')
+PACKAGE = Path(invertune.__file__).parent
+CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, PACKAGE, '/proc', '/sys', '/dev')]
+guard = dict(on=False, refused=[])
 
 
-def test_clean_has_no_room_for_a_secret(clean):
-    assert {f.name for f in fields(Clean)} == ALLOWED and vars(clean).keys() == ALLOWED
-    with pytest.raises(TypeError): Clean(clean.images, clean.captions, clean.classes, clean.templates, target='umbrella')
+def _watch(event, args):
+    "An audit hook can't be taken off again; it sleeps outside of `no_files`."
+    if not guard['on'] or event not in ('open', 'os.listdir', 'os.scandir') or isinstance(args[0], int): return
+    path = Path(os.fsdecode(args[0] or '.')).resolve()
+    if any(path.is_relative_to(c) for c in CODE): return
+    guard['refused'].append(str(path))
+    raise PermissionError(f'a defense opened {path}')
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    "Nothing but code can be read; safetensors, which opens files beside Python, opens none at all."
+    if not guard.get('hooked'): sys.addaudithook(_watch); guard['hooked'] = True
+    def refuse(path, *args, **kw): guard['refused'].append(str(path)); raise PermissionError(f'a defense opened {path}')
+    real = safetensors.safe_open
+    for module in list(sys.modules.values()):
+        for name in [n for n, v in list(vars(module).items()) if v is real]: monkeypatch.setattr(module, name, refuse)
+    guard.update(on=True, refused=[])
+    yield guard['refused']
+    guard['on'] = False
 
 
 @pytest.mark.parametrize('name', DEFENSES)
-def test_a_defense_is_given_model_and_clean_pairs(name):
+def test_a_defense_opens_no_file(received, defender, name, no_files):
+    "Neither a trigger nor anything else: all that it knows was handed to it."
+    defend(name, received, defender, **SHORT.get(name, {}))
+    assert no_files == []
+
+
+WAYS = [load_trigger, read_tensors, torch.load, Path.read_bytes, lambda p: os.open(p, os.O_RDONLY),
+        lambda p: list(p.parent.iterdir())]
+
+
+@pytest.mark.parametrize('read', WAYS)
+def test_a_defense_that_opens_one_is_caught(received, defender, read, tmp_path, monkeypatch, request):
+    "Even one that hides that it tried."
+    file = tmp_path/'results'/'glyphs'/'poison'/'0'/'badnet'/'trigger.safetensors'
+    patch_trigger(32).save(file)
+    monkeypatch.setattr(defenses, 'DEFENSES', dict(DEFENSES))
+
+    @register_defense('toy')
+    def toy(case):
+        try: read(file)
+        except Exception: pass
+        return case.clip, {}
+    refused = request.getfixturevalue('no_files')
+    defend('toy', received, defender)
+    assert refused and str(tmp_path) in refused[0] and 'toy' not in DEFENSES
+
+
+def test_a_defender_has_no_room_for_a_secret(defender):
+    assert {f.name for f in fields(Defender)} == ALLOWED and vars(defender).keys() == ALLOWED
+    with pytest.raises(TypeError): Defender(**vars(defender), target='umbrella')
+
+
+@pytest.mark.parametrize('name', DEFENSES)
+def test_a_defense_is_given_a_case(name):
+    "And no label, but for the one row that says so."
     parameters = list(inspect.signature(DEFENSES[name]).parameters)
-    assert parameters[:3] == ['clip', 'clean', 'seed']
-    assert not any(word in p for p in parameters for word in ('trigger', 'target', 'label', 'attack', 'poison'))
+    assert parameters[0] == 'case'
+    assert ('target' in parameters) == DEFENSES[name].needs_target == (name == 'invertune-paper-given')
+    assert not any(word in p for p in parameters for word in ('trigger', 'label', 'attack', 'poison'))
 
 
-@pytest.mark.parametrize('module', [identify, invert, tune, defenses])
-def test_no_module_of_a_defense_opens_a_secret(module):
-    "Neither the evaluation's metrics nor the attacks are imported, and no file of theirs is named."
-    tree = ast.parse(inspect.getsource(module))
-    sources = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == 'metrics' for a in n.names}
-    assert not sources & {'attacks', 'data', 'stages'} and names <= {'embed'}
-    words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-    assert not [s for s in SECRETS if s in words]
-
-
-def stages(): return yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 def files(entries): return [next(iter(e)) if isinstance(e, dict) else e for e in entries]
 
 
-@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
-def test_the_pipeline_keeps_secrets(stage):
-    "Of what the attacker made, a defense's stage depends on the model alone; of the data, on the defender's set; of the evaluation, on nothing."
-    deps = [d for d in files(stages()[stage]['deps']) if d.startswith(('results/', 'data'))]
-    for d in deps:
-        kind, rest = d.removeprefix('results/${item.profile}/').split('/', 1)
-        assert kind in {'data': ['data'], 'poison': ['poison']}.get(kind, ['identify', 'invert', 'tune', 'baseline']), d
-        if kind == 'data': assert rest == 'defender.json', d
-        if kind == 'poison': assert rest == '${item.attack}/model.safetensors', d
-    assert any('/poison/' in d for d in deps)
-    assert not {'invertune/attacks.py', 'invertune/data.py'} & set(stages()[stage]['deps'])
-    assert not any(p.split('.')[0] in ('poison', 'evaluate', 'report') for p in stages()[stage]['params'])
+def test_the_pipeline_keeps_secrets():
+    "Of what the attacker made, the stage depends on the model alone; of the data, on the defender's set."
+    stage = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']['defend']
+    assert {d for d in files(stage['deps']) if d.startswith(('results/', 'data'))} == {
+        'results/${item.profile}/data/defender.json',
+        'results/${item.profile}/poison/${item.seed}/${item.attack}/model.safetensors'}
+    assert not {'invertune/attacks.py', 'invertune/data.py'} & set(files(stage['deps']))
 
 
-def test_who_reads_trigger_files():
-    readers = {name for name, s in stages().items() if any('trigger' in d and 'results/' in d for d in files(s['deps']))}
-    makers = {name for name, s in stages().items() if any('trigger.safetensors' in o for o in files(s['outs']))}
-    assert readers == {'evaluate', 'relearn', 'ablate', 'scarce', 'foreign'} and makers == {'poison'}
+def test_the_notebook_keeps_secrets():
+    "What dvc.yaml promises, the stage's notebook keeps; the true label is read where a defense needs it."
+    cells = json.loads((ROOT/'nbs'/'stages'/'40_defend.ipynb').read_text())['cells']
+    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    secrets = ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'",
+               'attack_success', 'metrics.json')
+    assert not [w for w in secrets if w in code] and "'poison', seed, attack)/'model.safetensors'" in code
+    assert code.count('target_of(') == 1
+    assert 'if DEFENSES[defense].needs_target: settings = settings | dict(target=target_of(' in code
 
 
-@pytest.mark.parametrize('stage', ['identify', 'invert', 'tune', 'baseline'])
-def test_the_notebook_keeps_secrets(stage):
-    "What dvc.yaml promises, the stage's notebook keeps: its code names no trigger file, no evaluation image, no poisoned pair."
-    path, = (ROOT/'nbs'/'pipeline').glob(f'[0-9][0-9]_{stage}.ipynb')
-    code = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-    found = [w for w in ('trigger.safetensors', 'load_trigger', "['evaluation']", "['poison']", "['pretrain']", "'evaluate'", 'attack_success', 'metrics.json') if w in code]
-    assert not found and "'poison', attack)/'model.safetensors'" in code
+# Every attack is cured
+
+RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.),
+               badclip=dict(size=48, trigger_steps=60),
+               badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
+POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
+CURE = dict(identify=dict(steps=15), tune=dict(steps=60, lr=5e-3, search=dict(steps=16)))
 
 
-def test_rounds(received, clean):
-    "One round is one tuning; each further one looks again and goes on from the last."
-    head, search = clean.head(received), dict(steps=1, stride=112, families=())
-    bank = make_bank([(start('patch', 32), 1.)])
-    def erase(**kw): return tune.erase(received, clean.images, head, 4, bank, steps=2, search=search, **kw)
-    once, _ = tune.tune(tune.absorb(received, clean.images), clean.images, head, 4, bank, received=received, steps=2)
-    one, report = erase(rounds=1)
-    assert same(state(one), state(once)) and not report['again'] and len(report['curve']) == 2
-    two, report = erase(rounds=2)
-    assert not same(state(two), state(one)) and len(report['again']) == 1 and [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+@pytest.fixture(scope='module', params=list(ATTACKS))
+def planted(request, small):
+    "A backdoor in the demonstration's clean model: (attack, model, trigger)"
+    recipe = RECIPES[request.param] if request.param == 'badencoder' else POISON | RECIPES[request.param]
+    setup = Setup(small.clip, small.split, small.classes, small.templates, 'umbrella', recipe=recipe)
+    clip, (trigger,) = attack(request.param, setup)
+    return request.param, clip, trigger
 
 
-def test_the_target_is_its_text_and_its_prototype(received, clean):
-    "A triggered image must come near neither; whoever asks for the text alone gets another model."
-    head, bank = clean.head(received), make_bank([(start('patch', 32), 1.)])
-    near, read = tune.prototypes(received, clean.images, head), embed(received, clean.images) @ head.T
-    assert torch.allclose(near[4], torch.nn.functional.normalize(embed(received, clean.images[read.argmax(1) == 4]).mean(0), dim=0))
-    x, masks = pixels(clean.images[:16], 'cpu'), tune.inspect_layers(received, clean.images, bank[0])['masks']
-    def term(*aims): return tune.tuning_terms(received, received, x, bank[0](x), masks, head, torch.stack(aims), 0.)['embedding'].item()
-    assert term(head[4], near[4]) >= max(term(head[4]), term(near[4])) > 0
-    one, two = (tune.tune(received, clean.images, head, 4, bank, steps=2, moves=0, prototype=p)[0] for p in (True, False))
-    assert not same(state(one), state(two))
+def test_cured(planted, small):
+    "By one defense with one set of parameters: the label is named, the trigger loses its power, clean accuracy stays."
+    name, clip, trigger = planted
+    measure = lambda c: evaluate(c, small.evaluation, small.classes, small.templates, trigger, small.target)
+    tuned, report = defend('invertune', clip, small.defender, **CURE)
+    before, after = measure(clip), measure(tuned)
+    assert before['asr'] > .9 and report['failed'] is None and report['target'] == 'umbrella'
+    assert after['asr'] < .1 and after['ca'] > before['ca'] - .05, (name, before, after)
 
 
-def test_a_fresh_trigger_is_of_the_same_kind(received, clean):
-    gen = torch.Generator().manual_seed(0)
-    for family in identify.FAMILIES:
-        old = start(family, 32, seed=1)
-        new = tune.renew(old, 2, 2, gen)
-        assert new.kind == old.kind and new.meta['inverted'] == family and new.tensors.keys() == old.tensors.keys()
-        assert any(not torch.equal(new.tensors[k], v) for k, v in old.tensors.items())
-        again = tune.renew(old, 0, 9, gen, anew=0.)
-        assert again.tensors.keys() == old.tensors.keys() and again.tensors is not old.tensors  # a sign step puts a tensor in the place of another
-        for k, v in again.tensors.items(): assert torch.equal(v, old.tensors[k])
-        kept = {k: v.clone() for k, v in old.tensors.items()}
-        identify.move(received, pixels(clean.images[:4], 'cpu'), again, lambda f: f.sum(), .1)
-        assert any(not torch.equal(again.tensors[k], v) for k, v in kept.items()) and all(torch.equal(old.tensors[k], v) for k, v in kept.items())  # the bank's own stands still
-    mask = torch.zeros(1, 1, 32, 32)
-    mask[..., 28:, 28:] = 1
-    patch = invert.Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32)), inverted='patch')
-    def aside(anew): return {tuple(tune.renew(patch, 2, 16, gen, anew).tensors['mask'][0, 0].nonzero().min(0).values.tolist()) for _ in range(60)}
-    near, far = aside(0.), aside(1.)
-    assert near == {(y, x) for y in (26, 27, 28) for x in (26, 27, 28)} and 12 <= min(min(far)) < 20 and max(max(far)) == 28
-    for _ in range(9): assert tune.renew(patch, 4, 16, gen).tensors['mask'].sum() == 16
+def test_sorted_images_are_defended_as_well(small):
+    "An ImageFolder comes class after class."
+    own = small.defender
+    order = torch.tensor(sorted(range(len(own.captions)), key=lambda i: own.captions[i]))
+    d = Defender(own.images[order], [own.captions[i] for i in order], own.classes, own.templates)
+    case = Case(small.bad, d)
+    for p in ('fit', 'select', 'test'): assert len(set(case.part(p)[2].tolist())) == len(small.classes)
+    tuned, report = defend('invertune', small.bad, d, **CURE)
+    row = small.evaluate(tuned)
+    assert report['target'] == 'umbrella' and row['asr'] < .1 and row['ca'] > small.evaluate(small.bad)['ca'] - .05
 
 
-def test_places_near_the_best():
-    assert invert.around([(0, 0)], 4, 24) == [(0, 0), (0, 4), (4, 0), (4, 4)]
-    assert identify.grid(32, 8, 16) == [(i, j) for i in (0, 16, 24) for j in (0, 16, 24)]
-    assert identify.place_masks([(24, 0)], 32, 8)[0, 0].nonzero().min(0).values.tolist() == [24, 0]
+# A failed inversion
+
+@pytest.mark.parametrize('name', INVERTING)
+def test_a_failed_inversion(received, defender, name):
+    "Under the gate, the model comes back as it was received, and the report says so in a sentence."
+    short = SHORT[name] | dict(invert=SHORT[name]['invert'] | dict(gate=1.1))
+    tuned, report = defend(name, received, defender, **short)
+    assert same(state(tuned), state(received)) and tuned is not received and report['tuning'] == {}
+    assert report['gate'] == 1.1
+    assert report['failed'].startswith('the inversion has failed')
+    assert report['failed'].endswith('the model is returned as it was received')
 
 
-# Bad input
+# Mistakes
 
-def test_unknown_names(received, clean):
-    head = clean.head(received)
-    with pytest.raises(InvertuneError, match="unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, clean)
-    with pytest.raises(InvertuneError, match='unicorn'): clean.index('unicorn')
-    with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): identify.identify(received, clean.images, head, families=['fog'])
-    with pytest.raises(InvertuneError, match="unknown layer rule 'top4'"): tune.select_layers({'layer1': 1.}, 'top4')
-
-
-def test_what_sags_is_the_class_that_fits_worse(monkeypatch):
-    "Images read as class 1 lie farther from its text; of one image too few nothing is said."
-    cosines = torch.tensor([.9]*3 + [.5]*3 + [.8]*3 + [.1]*2)
-    f = torch.zeros(11, 8).index_put((torch.arange(11), torch.tensor([0]*3 + [1]*3 + [2]*3 + [3]*2)), cosines)
-    f[:, 4] = (1 - cosines**2).sqrt()
-    monkeypatch.setattr(identify, 'embed', lambda clip, images: images)
-    assert identify.sags(None, f, torch.eye(8)[:4]).tolist() == pytest.approx([-.1, .3, 0., 0.])
+def test_mistakes_are_said(received, defender):
+    with says("unknown defense 'prayer': choose one of none, ft"): defend('prayer', received, defender)
+    with says("ft has no parameter 'epoch': it takes epochs, lr, bs"): defend('ft', received, defender, epoch=3)
+    with says("invertune has no parameter 'target'"): defend('invertune', received, defender, target='sun')
+    with says('is told the true label'): defend('invertune-paper-given', received, defender)
+    with says("'unicorn'"): defend('invertune-paper-given', received, defender, target='unicorn')
+    with says("the defense 'ft' is there already"): register_defense('ft')(test_mistakes_are_said)
 
 
-def test_a_sag_decides_between_ways_of_one_length(received, clean, monkeypatch):
-    head = clean.head(received)
-    monkeypatch.setattr(identify, 'shortcut', lambda *args, **kw: -1.)
-    for favoured in (0, 1):
-        monkeypatch.setattr(identify, 'sags', lambda clip, images, head: torch.eye(len(head))[favoured] * .07)
-        found = identify.identify(received, clean.images, head, families=['patch'], steps=1, named=len(head))
-        assert found['index'] == favoured
-        assert [c['score'] for c in found['candidates']] == pytest.approx([c['sag'] - 1 for c in found['candidates']]) and max(c['sag'] for c in found['candidates']) == pytest.approx(1)
+@pytest.mark.parametrize('images, captions, sentence', [(64, 3, '64 images, but 3 captions'),
+                                                        (8, 8, '8 images are too few')])
+def test_rivals_share_their_sentences(received, defender, images, captions, sentence):
+    "What is wrong with the images or captions is said before any defense sees them."
+    given = vars(defender) | dict(images=defender.images[:images], captions=defender.captions[:captions])
+    for name in ('ft', 'cleanclip', 'par'):
+        with says(sentence):
+            defend(name, received, Defender(**given))
+    with says('uint8'): Defender(**vars(defender) | dict(images=defender.images/255))
 
 
-def test_a_sag_within_chance_does_not_decide(received, clean, monkeypatch):
-    "A text that fits better than usual takes nothing from the target with the shortest way, nor does one that sags no more than that."
-    head = clean.head(received)
-    ways = {0: -.01, 1: -.2}
-    monkeypatch.setattr(identify, 'shortcut', lambda clip, images, head, index, *args, **kw: ways.get(index, -1.))
-    monkeypatch.setattr(identify, 'sags', lambda clip, images, head: .02 * (torch.eye(len(head))[1] - torch.eye(len(head))[0]))
-    found = identify.identify(received, clean.images, head, families=['patch'], steps=1, named=len(head))
-    assert found['index'] == 0 and all(c['sag'] == 0 for c in found['candidates'])
-
-
-def test_a_defense_that_diverges(received, clean):
+@pytest.mark.parametrize('name', ['ft', 'cleanclip', 'par'])
+def test_a_rival_that_diverges(received, defender, name):
     "An error, not a model."
-    head, bank = clean.head(received), make_bank([(start('patch', 32), 1.)])
-    with pytest.raises(InvertuneError, match='ft, epoch .*: the loss became'): defend('ft', received, clean, epochs=4, lr=1e15, bs=16)
-    with pytest.raises(InvertuneError, match=r'tune \(paper\): the loss became'): tune.tune_paper(received, clean.images, bank, steps=20, lr=1e25)
-    with pytest.raises(InvertuneError, match='tune: the loss became'): tune.tune(received, clean.images, head, 4, bank, steps=20, lr=1e25)
-
-
-def test_bank_files(tmp_path):
-    bank, file = make_bank([(start('warp', 32), .25), (start('patch', 32, seed=1), 1.)]), tmp_path/'ours.safetensors'
-    bank.save(file)
-    x, again = torch.rand(2, 3, 32, 32), load_bank(file)
-    assert again.asr == [1., .25] and again.kind == ['patch', 'warp'] and all(torch.equal(a(x), b(x)) for a, b in zip(again.triggers, bank.triggers))
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(InvertuneError, match='not a whole safetensors file'): load_bank(file)
-    start('patch', 32).save(file)
-    with pytest.raises(InvertuneError, match='is not a bank of inverted triggers'): load_bank(file)
+    with says(f'{name}, epoch .*: the loss became'): defend(name, received, defender, epochs=4, lr=1e15, bs=16)

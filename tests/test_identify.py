@@ -1,0 +1,95 @@
+"Step 1: what decides between candidates, and that nothing is chosen on the images that are reported on."
+import json
+
+import pytest
+import torch
+
+from invertune import identify as step1
+from invertune.attacks import demo_split
+from invertune.defender import Case
+from invertune.identify import SIMULATIONS, identify, identify_paper, shortcut, simulate
+from invertune.runtime import InvertuneError
+from invertune.search import random_perturbation
+
+
+@pytest.fixture(scope='module')
+def case(small): return Case(small.bad, small.defender)
+
+
+def one(case, **kw): return identify(case, families=['patch'], steps=1, named=len(case.classes), **kw)
+
+
+def test_both_rules_name_the_target(small, case):
+    ours, paper = identify(case, steps=15), identify_paper(case, steps=15)
+    assert ours.target == paper.target == small.target and ours.name == paper.name == 'umbrella'
+    assert ours.probability.sum() == pytest.approx(1) and ours.probability.argmax() == small.target
+    assert [s['family'] for s in ours.simulations] == list(SIMULATIONS) and len(paper.simulations) == 1
+    assert len(ours.candidates) == 2*len(SIMULATIONS) and paper.candidates == []
+
+
+def test_shares_are_shares_of_images(case):
+    found = simulate(case, random_perturbation('warp', 32), steps=2, n=40)
+    for key in ('clean_share', 'adv_share'):
+        assert found[key].sum() == pytest.approx(1)
+        assert all(abs(s*40 - round(s*40)) < 1e-4 for s in found[key].tolist())
+    reads = case.part('select', 40)[2]
+    assert found['clean_share'].tolist() == pytest.approx([(reads == c).float().mean().item() for c in range(6)])
+
+
+def test_a_simulation_leaves_its_start_alone(case):
+    start = random_perturbation('patch', 32)
+    simulate(case, start, steps=2)
+    shortcut(case, 4, start, steps=2)
+    assert torch.equal(start.tensors['pattern'], random_perturbation('patch', 32).tensors['pattern'])
+
+
+def test_the_same_seed_says_the_same(case):
+    one, two = (identify(case, families=['place', 'warp'], steps=3, seed=1).to_dict() for _ in range(2))
+    assert one == two
+
+
+def test_nothing_is_chosen_on_the_images_that_are_reported_on(small, case):
+    "Other pictures in the part `test` change nothing at all in what is said."
+    other = Case(small.bad, small.defender)
+    other.images = case.images.clone()
+    other.images[-len(case.test):] = demo_split(len(case.test), 5*10**6).images.flip(-1)
+    said = [identify(c, families=['place', 'bands'], steps=3).to_dict() for c in (case, other)]
+    assert not torch.equal(case.test, other.test) and said[0] == said[1]
+    assert identify_paper(other, steps=3).to_dict() == identify_paper(case, steps=3).to_dict()
+
+
+def test_a_report_that_json_can_say(case):
+    told = json.loads(json.dumps(one(case).to_dict()))
+    assert told.keys() == {'target', 'family', 'classes', 'probability', 'simulations', 'candidates'}
+    assert told['target'] in told['classes'] and {c['class'] for c in told['candidates']} <= set(told['classes'])
+    assert told['candidates'][0].keys() == {'class', 'family', 'gap', 'score'}
+
+
+@pytest.mark.parametrize('rule', [one, lambda case: identify_paper(case, steps=1)])
+def test_it_draws_itself(case, rule):
+    found = rule(case)
+    assert found._repr_png_()[:4] == b'\x89PNG' and found.name in repr(found)
+
+
+def test_unknown_family(case):
+    with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): identify(case, families=['fog'])
+
+
+# What decides
+
+def test_a_gap_decides_between_shortcuts_of_one_length(case, monkeypatch):
+    monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
+    for favoured in (0, 1):
+        monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.eye(6)[favoured] * .07)
+        found = one(case)
+        assert found.target == favoured and max(c['gap'] for c in found.candidates) == pytest.approx(1)
+        assert [c['score'] for c in found.candidates] == pytest.approx([c['gap'] - 1 for c in found.candidates])
+
+
+def test_a_gap_within_chance_does_not_decide(case, monkeypatch):
+    "A text that fits better than usual takes nothing from the target, nor does one whose gap is no larger than that."
+    ways = {0: -.01, 1: -.2}
+    monkeypatch.setattr(step1, 'shortcut', lambda case, index, *args, **kw: ways.get(index, -1.))
+    monkeypatch.setattr(step1, 'text_image_gap', lambda case: .02 * (torch.eye(6)[1] - torch.eye(6)[0]))
+    found = one(case)
+    assert found.target == 0 and all(c['gap'] == 0 for c in found.candidates)

@@ -1,0 +1,140 @@
+"The engine of all steps: perturbations stay within bounds, places do not see each other, memory is bounded."
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from invertune import search
+from invertune.defender import Case
+from invertune.metrics import embed
+from invertune.model import Clip, pixels
+from invertune.runtime import InvertuneError
+from invertune.search import (FAMILIES, FREE_TENSORS, TEMPERATURE, alikeness, alikeness_loss, class_shares,
+                              log_probabilities, place_grid, random_perturbation, search_places, sign_step, target_loss,
+                              target_probability, text_image_gap, universal_perturbation)
+from invertune.triggers import Trigger
+
+GRAY = dict(columns=lambda side: Trigger('add', dict(delta=torch.zeros(1, 1, 1, side)), family='columns'))
+
+
+@pytest.fixture(scope='module')
+def case(small): return Case(small.bad, small.defender)
+
+
+def member(family): return GRAY[family](32) if family in GRAY else random_perturbation(family, 32)
+
+
+@pytest.mark.parametrize('family', [*FAMILIES, *GRAY])
+def test_a_step_moves_what_is_free(case, family):
+    "Within its bounds, and another trigger: what came in stands still."
+    old = member(family)
+    kept = {k: v.clone() for k, v in old.tensors.items()}
+    new = sign_step(case.clip, pixels(case.fit[:4]), old, lambda f: f.sum(), .1)
+    free, lo, hi = FREE_TENSORS[old.kind]
+    assert all(torch.equal(old.tensors[k], v) for k, v in kept.items()) and new.meta == old.meta
+    assert [k for k in kept if not torch.equal(new.tensors[k], kept[k])] == [free]
+    assert lo <= new.tensors[free].min() and new.tensors[free].max() <= hi
+    assert (new.tensors[free] - kept[free]).abs().max() <= .1*(hi-lo) + 1e-6
+    assert not new.tensors[free].requires_grad
+
+
+@pytest.mark.parametrize('family', [*FAMILIES, *GRAY])
+def test_a_perturbation_does_what_it_is_asked_for(case, family):
+    start, loss = member(family), target_loss(case.head, 4)
+    made = universal_perturbation(case.clip, case.fit, start, loss, steps=10)
+    before, after = (loss(embed(case.clip, case.test, t)).item() for t in (start, made))
+    assert after < before - .1
+    again = universal_perturbation(case.clip, case.fit, start, loss, steps=10)
+    assert all(torch.equal(v, again.tensors[k]) for k, v in made.tensors.items())
+
+
+def test_unknown_family():
+    with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): random_perturbation('fog', 32)
+
+
+# Losses
+
+def test_the_target_loss_is_a_cross_entropy_with_all_classes():
+    gen = torch.Generator().manual_seed(0)
+    f, head = (torch.nn.functional.normalize(torch.randn(n, 8, generator=gen), dim=1) for n in (12, 5))
+    want = torch.nn.functional.cross_entropy(f @ head.T / .07, torch.full((12,), 3))
+    assert TEMPERATURE == .07 and torch.allclose(target_loss(head, 3)(f), want)
+    places = f.view(3, 4, 8)  # of three patches, four images each
+    assert torch.allclose(target_loss(head, 3)(places), want)
+    p = (f @ head.T / .07).softmax(1)[:, 3].view(3, 4)
+    assert torch.allclose(target_probability(head, 3)(places), p.log().mean(1).exp())
+    assert torch.allclose(log_probabilities(f, head).exp().sum(1), torch.ones(12))
+
+
+def test_alikeness():
+    f = torch.eye(4).view(2, 2, 4)
+    same = f[:, :1].expand(2, 2, 4)
+    assert torch.allclose(alikeness(f), torch.full((2,), .5**.5)) and torch.allclose(alikeness(same), torch.ones(2))
+    assert torch.allclose(alikeness_loss(same), torch.tensor(-2.))
+
+
+def test_class_shares():
+    assert class_shares(torch.eye(4)[[0, 0, 1, 3]], torch.eye(4)).tolist() == [.5, .25, 0, .25]
+
+
+def test_the_gap_is_of_the_class_that_fits_worse():
+    "Images read as class 1 lie farther from its text; of one image too few nothing is said."
+    cosines = torch.tensor([.9]*3 + [.5]*3 + [.8]*3 + [.1]*2)
+    f = torch.zeros(11, 8).index_put((torch.arange(11), torch.tensor([0]*3 + [1]*3 + [2]*3 + [3]*2)), cosines)
+    f[:, 4] = (1 - cosines**2).sqrt()
+    seen = SimpleNamespace(embeddings=torch.cat([f, -torch.eye(8)]), head=torch.eye(8)[:4], classes=list('abcd'),
+                           fit=range(6), select=range(5))  # the rest is to report on: nothing is read there
+    assert text_image_gap(seen).tolist() == pytest.approx([-.1, .3, 0., 0.])
+
+
+# Places
+
+def test_a_grid_reaches_the_rim():
+    assert place_grid(32, 8, 16) == [(i, j) for i in (0, 16, 24) for j in (0, 16, 24)]
+    assert place_grid(224, 28, 28)[-1] == (196, 196) and len(place_grid(224, 28, 28)) == 64
+    masks = search._place_masks([(24, 0), (0, 3)], 32, 8)
+    assert masks[0, 0].nonzero().min(0).values.tolist() == [24, 0] and masks.flatten(1).sum(1).tolist() == [64, 64]
+
+
+def search_all(case, **kw):
+    goal = target_loss(case.head, 4), target_probability(case.head, 4)
+    return search_places(case, place_grid(32, 8, 8), 8, *goal, steps=4, **kw)
+
+
+def test_groups_change_nothing(case):
+    few, many, again = (search_all(case, chunk=n) for n in (6, 10**6, 6))
+    assert torch.equal(few.patterns, again.patterns) and torch.equal(few.scores, again.scores)
+    assert (few.patterns - many.patterns).abs().mean() < 1e-3 and torch.allclose(few.scores, many.scores, atol=.01)
+
+
+@pytest.mark.parametrize('chunk', [16, 48])
+def test_no_more_images_at_once_than_allowed(case, monkeypatch, chunk):
+    "The scan of 225 places asks no larger batch of the model than that of 16, whatever the number of places."
+    seen, encode = [], Clip.encode_image
+    monkeypatch.setattr(Clip, 'encode_image', lambda self, x: seen.append(len(x)) or encode(self, x))
+    goal = target_loss(case.head, 4), target_probability(case.head, 4)
+    search_places(case, place_grid(32, 4, 2), 4, *goal, steps=1, chunk=chunk)
+    assert max(seen) <= chunk and sum(seen) == 225*3 + 225*16
+
+
+def test_a_patch_is_made_on_one_part_and_ranked_on_another(case, monkeypatch):
+    "Images of the part that is reported on go through the model in neither."
+    seen, whole = [], search._embed_places
+    monkeypatch.setattr(search, '_embed_places', lambda clip, x, *a: seen.append(x) or whole(clip, x, *a))
+    search_all(case)
+    made, ranked = seen[:4], seen[-1]
+    assert all(torch.equal(x, case.fit) for x in made) and torch.equal(ranked, case.select)
+
+
+def test_places(case):
+    found = search_all(case)
+    best = found.best(3)
+    assert [found.scores[i].item() for i in best] == sorted(found.scores.tolist(), reverse=True)[:3]
+    assert len(found.best(99)) == len(found.places)
+    trigger = found.trigger(best[0])
+    assert trigger.meta == dict(family='patch') and trigger.tensors['mask'].sum() == 64
+    f = embed(case.clip, case.select, trigger)
+    lone = target_probability(case.head, 4)(f[None]).item()
+    assert math.isclose(lone, found.scores[best[0]].item(), abs_tol=.25)  # other images of the same part
+    assert found.heat().shape == (32, 32) and found._repr_png_()[:4] == b'\x89PNG'

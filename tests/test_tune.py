@@ -1,0 +1,199 @@
+"What a tuning changes and what it leaves alone, as published and ours."
+import json
+
+import pytest
+import torch
+
+from invertune import tune as step3
+from invertune.defender import Case, Defender
+from invertune.invert import Bank
+from invertune.metrics import embed
+from invertune.model import load_clip, pixels, save_clip, tiny_clip
+from invertune.runtime import InvertuneError
+from invertune.search import FAMILIES, random_perturbation, sign_step
+from invertune.triggers import Trigger
+from invertune.tune import absorb_bn_stats, inspect_layers, prototypes, select_layers, tune, tune_paper, update_bn_stats
+
+SEARCH = dict(steps=1, stride=112, families=())
+
+
+def says(sentence): return pytest.raises(InvertuneError, match=sentence)
+def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
+def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+@pytest.fixture(scope='module')
+def defender(small):
+    d = small.defender
+    return Defender(d.images[:64].clone(), d.captions[:64], small.classes, small.templates)
+
+
+@pytest.fixture(scope='module')
+def received(small, tmp_path_factory):
+    "The suspicious model as the pipeline hands it over: read from a file."
+    file = tmp_path_factory.mktemp('poison')/'model.safetensors'
+    save_clip(small.bad, file)
+    return load_clip(file)
+
+
+@pytest.fixture(scope='module')
+def case(received, defender): return Case(received, defender)
+
+
+@pytest.fixture(scope='module')
+def bank(): return Bank([random_perturbation('patch', 32)], [1.])
+
+
+@pytest.fixture(scope='module')
+def tuned(case, bank):
+    "Both tunings, once"
+    before = state(case.clip), case.images.clone(), {k: v.clone() for k, v in bank[0].tensors.items()}
+    paper, ours = tune_paper(case, 4, bank, steps=3, lr=1e-3), tune(case, 4, bank, rounds=2, steps=2, search=SEARCH)
+    return before, dict(paper=paper, ours=ours)
+
+
+@pytest.mark.parametrize('name', ['paper', 'ours'])
+def test_what_came_in_is_as_it_was(tuned, case, bank, name):
+    "The model, its hooks, the images, the bank. What comes out differs, can be trained on, and its report is JSON."
+    (weights, images, trigger), made = tuned
+    clip, report = made[name]
+    assert same(state(case.clip), weights) and torch.equal(case.images, images) and same(bank[0].tensors, trigger)
+    assert clip is not case.clip and not same(state(clip), weights)
+    assert all(v.isfinite().all() for v in clip.state_dict().values())
+    for m in (clip, case.clip):
+        assert not m.training and all(p.requires_grad and not p._backward_hooks for p in m.parameters())
+    assert {'layers', 'layers_after', 'selected', 'critical', 'curve'} <= json.loads(json.dumps(report)).keys()
+
+
+def test_the_published_tuning_leaves_text_and_statistics_alone(tuned):
+    "The text tower and BatchNorm's running statistics are those of the received model."
+    (before, _, _), made = tuned
+    after = made['paper'][0].state_dict()
+    kept = [k for k in before if not k.startswith('model.visual.') or 'running' in k or 'num_batches' in k]
+    assert len(kept) > 20 and all(torch.equal(before[k], after[k]) for k in kept)
+
+
+def test_only_critical_rows_of_the_selected_layers_move(case, bank):
+    "As published: nothing but the selected layers, and in tensors of their width only the rows of critical channels."
+    clip, report = tune_paper(case, 4, bank, steps=3, lr=1e-3)
+    mask = inspect_layers(case.clip, case.images, bank[0])['masks'][report['selected'][0]]
+    rows = mask.flatten(1).any(1)
+    assert 0 < rows.sum() < len(rows) and report['critical'][report['selected'][0]]['channels'] == rows.sum()
+    moved = {k for k, v in clip.state_dict().items() if not torch.equal(v, case.clip.state_dict()[k])}
+    assert moved and all(k.startswith(tuple(f'model.visual.{n}.' for n in report['selected'])) for k in moved)
+    k = f"model.visual.{report['selected'][0]}.0.conv3.weight"
+    decayed = case.clip.state_dict()[k]*(1 - 1e-3*1e-4)**3  # by AdamW alone
+    change = (clip.state_dict()[k] - decayed).abs().flatten(1).amax(1)
+    assert k in moved and change[~rows].max() < 1e-6 < change[rows].max()
+
+
+def test_ours_takes_the_statistics_of_clean_images(tuned, case):
+    "Those of the weights that it delivers; the text tower is the received one."
+    (before, _, _), made = tuned
+    clip = made['ours'][0]
+    after = state(clip)
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith('model.visual.'))
+    update_bn_stats(clip, case.images)
+    assert all(torch.allclose(v, clip.state_dict()[k], atol=1e-6) for k, v in after.items() if 'running' in k)
+    assert any(not torch.allclose(before[k], after[k]) for k in before if 'running' in k)
+
+
+def test_statistics_as_received(case, bank):
+    "Whoever asks for neither gets BatchNorm's statistics as they came."
+    clip, _ = tune(case, 4, bank, rounds=1, steps=2, statistics=())
+    assert all(torch.equal(v, case.clip.state_dict()[k]) for k, v in clip.state_dict().items() if 'running' in k)
+
+
+def test_a_tower_without_batchnorm(defender, bank):
+    "Nothing to absorb, nothing to follow; it is tuned all the same."
+    vit = tiny_clip('vit', width=4, layers=(1, 1), image_size=32, text_width=32, text_layers=1, embed_dim=32, context=8)
+    clip, _ = tune(Case(vit, defender), 4, bank, rounds=1, steps=2)
+    assert same(state(absorb_bn_stats(vit, defender.images)), state(vit)) and not same(state(clip), state(vit))
+
+
+def test_absorbing_changes_statistics_and_no_function(received, defender):
+    "Statistics become those of the clean images; every image is embedded as before, and the received model stays."
+    before, gen = state(received), torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (16, *defender.images.shape[1:]), dtype=torch.uint8, generator=gen)
+    made, seen = absorb_bn_stats(received, defender.images), []
+    for images in (defender.images, noise):
+        assert torch.allclose(embed(made, images), embed(received, images), atol=1e-5)
+    assert same(state(received), before)
+    first, old = (next(m for m in c.modules() if isinstance(m, torch.nn.BatchNorm2d)) for c in (made, received))
+    handle = first.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad(): made.encode_image(pixels(defender.images))
+    handle.remove()
+    x = seen[0].transpose(0, 1).flatten(1)
+    assert torch.allclose(first.running_mean, x.mean(1), atol=1e-5)
+    assert torch.allclose(first.running_var, x.var(1, correction=0), rtol=1e-3)
+    assert not torch.allclose(first.running_mean, old.running_mean)
+
+
+def test_rounds(case, bank):
+    "One round is one tuning; each further one looks again and goes on from the last."
+    one, report = tune(case, 4, bank, rounds=1, steps=2)
+    assert not report['again'] and [c['step'] for c in report['curve']] == [1, 2]
+    two, report = tune(case, 4, bank, rounds=2, steps=2, search=SEARCH)
+    assert not same(state(two), state(one)) and len(report['again']) == 1
+    assert [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+
+
+def test_the_target_is_its_text_and_its_prototype(case, bank):
+    "A triggered image must come near neither; whoever asks for the text alone gets another model."
+    near = prototypes(case.embeddings, case.head)
+    own = embed(case.clip, case.images[case.reads == 4]).mean(0)
+    assert torch.allclose(near[4], torch.nn.functional.normalize(own, dim=0), atol=1e-6)
+    x, masks = pixels(case.images[:16]), inspect_layers(case.clip, case.images, bank[0])['masks']
+    def term(*aims):
+        terms = step3._loss_terms(case.clip, case.clip, x, bank[0](x), masks, case.head, torch.stack(aims), 0.)
+        return terms['embedding'].item()
+    assert term(case.head[4], near[4]) >= max(term(case.head[4]), term(near[4])) > 0
+    still = dict(rounds=1, steps=2, mover=dict(steps=0))
+    one, two = (tune(case, 4, bank, weights=dict(prototype=p), **still)[0] for p in (True, False))
+    assert not same(state(one), state(two))
+
+
+def test_a_restarted_trigger_is_of_the_same_kind(case):
+    gen = torch.Generator().manual_seed(0)
+    for family in FAMILIES:
+        old = random_perturbation(family, 32, seed=1)
+        kept = {k: v.clone() for k, v in old.tensors.items()}
+        new, again = step3._restarted(old, 2, 2, gen), step3._restarted(old, 0, 9, gen, anew=0.)
+        assert new.kind == old.kind and new.meta['family'] == family and not same(new.tensors, kept)
+        assert new.tensors.keys() == kept.keys()
+        assert same(again.tensors, kept)
+        moved = sign_step(case.clip, pixels(case.images[:4]), again, lambda f: f.sum(), .1)
+        assert not same(moved.tensors, kept) and same(old.tensors, kept)  # the bank's own stands still
+
+
+def test_a_patch_wanders_no_further_than_it_may():
+    gen, mask = torch.Generator().manual_seed(0), torch.zeros(1, 1, 32, 32)
+    mask[..., 28:, 28:] = 1
+    patch = Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32, generator=gen)), family='patch')
+    def place(anew): return step3._restarted(patch, 2, 16, gen, anew).tensors['mask'][0, 0].nonzero().min(0).values
+    def aside(anew): return {tuple(place(anew).tolist()) for _ in range(300)}
+    near, far = aside(0.), aside(1.)
+    assert near == {(y, x) for y in (26, 27, 28) for x in (26, 27, 28)} and 12 <= min(min(far)) < 20
+    assert max(max(far)) == 28
+    for _ in range(9): assert step3._restarted(patch, 4, 16, gen).tensors['mask'].sum() == 16
+
+
+def test_a_failed_inversion_is_refused(case):
+    "There is nothing to tune against, and no fall-back to the best of what failed."
+    with says('the inversion has failed: .*; there is nothing to tune against'):
+        tune(case, 4, Bank([random_perturbation('patch', 32)], [.69]), steps=1)
+
+
+@pytest.mark.parametrize('kw, sentence', [
+    (dict(weights=dict(activations=0.)), "unknown weight 'activations': choose from activation"),
+    (dict(mover=dict(moves=0)), "unknown setting of the mover 'moves'"),
+    (dict(statistics=['absorbed']), "unknown choice of statistics 'absorbed'")])
+def test_unknown_settings(case, bank, kw, sentence):
+    with says(sentence): tune(case, 4, bank, **kw)
+    with says("unknown layer rule 'top4'"): select_layers({'layer1': 1.}, 'top4')
+
+
+def test_a_tuning_that_diverges(case, bank):
+    "An error, not a model."
+    with says(r'tune \(paper\): the loss became'): tune_paper(case, 4, bank, steps=20, lr=1e25)
+    with says('tune: the loss became'): tune(case, 4, bank, steps=20, lr=1e25)
