@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH', 'SMALL', 'LOST', 'figure', 'look', 'legend', 'dots', 'label_ends', 'save_figure']
 
-# %% ../../nbs/lab/02_style.ipynb #27b7f1ed
+# %% ../../nbs/lab/02_style.ipynb #a8a2e16c
+import math
 from functools import wraps
 from pathlib import Path
 from typing import Callable
@@ -41,10 +42,10 @@ def figure(
         return fig
     return drawn
 
-# %% ../../nbs/lab/02_style.ipynb #4712b27b
-_LOOKS = {'none': ('#3a3a3a', 'X'), 'ft': ('#d9a441', 's'), 'cleanclip': ('#3f9f96', 'D'), 'invertune-paper': ('#7d8fd3', '^'),
+# %% ../../nbs/lab/02_style.ipynb #363f3d33
+_LOOKS = {'none': ('#3a3a3a', 'X'), 'ft': ('#d9a441', 's'), 'cleanclip': ('#3f9f96', 'D'), 'par': ('#8c6bb1', 'h'), 'invertune-paper': ('#7d8fd3', '^'),
           'invertune-paper-given': ('#b9c4ec', 'v'), 'invertune': ('#c8102e', 'o'), 'clean': ('#9a9a9a', 'P')}
-_FREE = [('#8c6bb1', 'h'), ('#7fbf5b', 'p'), ('#e78ac3', '<'), ('#8c5a2b', '>')]
+_FREE = [('#7fbf5b', 'p'), ('#e78ac3', '<'), ('#8c5a2b', '>')]
 
 def look(
     defense:str, # a registry name, or 'clean' for a model that was never attacked
@@ -70,7 +71,8 @@ def legend(
     handles = {('no defence' if name == 'none' else shown_name(name)): mark(name) for name in defenses} | extra
     hollow = Line2D([], [], ls='', marker='o', mfc='none', mec='#9a9a9a', ms=4.5)
     if lost: handles['model lost'] = Rectangle((0, 0), 1, 1, **LOST) if bars else hollow
-    fig.legend(handles.values(), handles.keys(), loc=loc, ncols=len(handles))
+    columns = math.ceil(len(handles)/math.ceil(len(handles)/6)) # rows of nearly one length
+    fig.legend(handles.values(), handles.keys(), loc=loc, ncols=columns)
 
 # %% ../../nbs/lab/02_style.ipynb #764e4cf3
 def dots(
@@ -101,10 +103,14 @@ def label_ends(
     "Write each name beside the end of its line."
     low, high = ax.get_ylim()
     gap = (high - low)*1.25*size/72/(ax.get_position().height*ax.figure.get_figheight())
-    names, places = sorted(ends, key=ends.get), []
-    for name in names: places.append(max(ends[name], places[-1] + gap) if places else ends[name])
+    names = sorted(ends, key=ends.get)
+    places = [ends[name] for name in names]
+    for _ in range(200): # neighbours that are too close push each other away
+        for k in range(len(places) - 1):
+            push = max(0, gap - places[k + 1] + places[k])/2
+            places[k], places[k + 1] = places[k] - push, places[k + 1] + push
     over = max(0, places[-1] - high)
-    for k in range(len(places) - 1, -1, -1): places[k] = min(places[k] - over, places[k + 1] - gap if k + 1 < len(places) else high)
+    places = [place - over for place in places]
     for name, y in zip(names, places):
         ax.annotate(name, (x, y), (3, 0), textcoords='offset points', va='center', fontsize=size, color=color, annotation_clip=False)
 

@@ -34,6 +34,7 @@ def _is_fraction(value):
 
 def _check_row(row, source):
     "Refuse a row that is not one of ours; the clean model alone has no ASR."
+    if isinstance(row, dict) and row.get('attack') == 'clean': row = dict.fromkeys(_KEYS) | row | dict(ca_clean=row.get('ca'))
     missing = [key for key in _KEYS if key not in row] if isinstance(row, dict) else _KEYS
     if missing: raise InvertuneError(f"{source} is not an evaluation of ours: a row lacks {', '.join(missing)}.")
     needed = ['ca', 'ca_top5', 'ca_clean'] if row['attack'] == 'clean' else [*RATES, 'ca_clean']
@@ -126,6 +127,8 @@ def _note(rows):
 COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_low', 'ca_high', 'asr', 'asr_low', 'asr_high', 'robust', 'robust_clean',
            'asr_any', 'any_class', 'asr_with_target', 'ca_top5', 'note']
 
+def _run(row): return row['attack'], row['seed'], row.get('trigger', 0)
+
 def _kept(rows):
     "The rows that are not lost; all of them where all are lost."
     return [row for row in rows if not is_lost(row)] or rows
@@ -159,7 +162,7 @@ def rows_table(
     rows:list, # rows of the evaluation, of one seed or of several
 )->pd.DataFrame: # COLUMNS, percent
     "CA, ASR and robust accuracy of every attack and defense, and their means."
-    keys = [(row['attack'], row['defense'], row['seed'], row.get('trigger', 0)) for row in rows]
+    keys = [(row['attack'], row['defense'], *_run(row)[1:]) for row in rows]
     twice = {key for key in keys if keys.count(key) > 1}
     if twice: raise InvertuneError(f"{', '.join(min(twice)[:2])}: two rows have the same seed.")
     return pd.DataFrame([_line(*pair, group) for pair, group in _groups(rows).items()])[COLUMNS].round(2)
@@ -177,7 +180,7 @@ def _named(defense, rows):
 def _summary_line(defense, rows, undefended):
     "One line of the summary, percent and points."
     kept = _kept(rows)
-    pairs = [(undefended[row['attack'], row['seed']], row) for row in kept]
+    pairs = [(undefended[_run(row)], row) for row in kept]
     worst = max(kept, key=lambda row: row['asr'])
     where = f"{worst['attack']} {worst['seed']}" if len({row['seed'] for row in rows}) > 1 else worst['attack']
     return _line('all', defense, rows) | dict(
@@ -190,8 +193,9 @@ def mean_table(
     rows:list, # rows of the evaluation; of every attack and seed the undefended model among them
 )->pd.DataFrame: # one row a defense, percent and points
     "What each defense does on the mean over attacks and seeds."
-    undefended = {(row['attack'], row['seed']): row for row in rows if row['defense'] == 'none'}
-    alone = sorted({f"{row['attack']} {row['seed']}" for row in rows if (row['attack'], row['seed']) not in undefended})
+    rows = [row for row in rows if row['attack'] != 'clean']
+    undefended = {_run(row): row for row in rows if row['defense'] == 'none'}
+    alone = sorted({f"{row['attack']} {row['seed']}" for row in rows if _run(row) not in undefended})
     if alone: raise InvertuneError(f"A summary needs the undefended model of each run: 'none' is missing for {', '.join(alone)}.")
     groups = {defense: group for (attack, defense), group in _groups(rows).items() if attack == 'all'}
     return pd.DataFrame([_summary_line(d, group, undefended) for d, group in groups.items()])[_SUMMARY].round(2)
