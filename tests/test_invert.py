@@ -145,7 +145,7 @@ def test_the_same_seed_makes_the_same_bank(case):
     assert one.asr == two.asr and same(one, two) and not same(one, other)
 
 
-@pytest.mark.parametrize('run', [lambda case: invert(case, 4, **SHORT), lambda case: invert_paper(case, 4, steps=20)])
+@pytest.mark.parametrize('run', [lambda c: invert(c, 4, **SHORT), lambda c: invert_paper(c, 4, steps=20)])
 def test_nothing_is_chosen_on_the_images_that_are_reported_on(small, case, run):
     "Other pictures in the part `test` may change the inverted ASR, but no trigger and not their order."
     other = Case(small.bad, small.defender)
