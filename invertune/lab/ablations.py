@@ -143,13 +143,13 @@ def _strip(ax, rows, names, key):
 def _strips(rows):
     "ASR, robust accuracy and CA of each variant."
     names = list(dict.fromkeys(row['variant'] for row in rows))
-    fig,axs = plt.subplots(1, 3, figsize=(WIDTH, .7 + .165*len(names)), sharey=True, width_ratios=[1.3, 1.3, 1])
+    fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 1. + .17*len(names)), sharey=True, width_ratios=[1.3, 1.3, 1])
     for ax,key,label in zip(axs, ('asr','robust','ca'), ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')):
         _strip(ax, rows, names, key)
-        ax.set_xlabel(label)
+        ax.set_title(label, fontsize=7)
     axs[0].set_yticks(range(len(names)), names)
     lost = sum(map(is_lost, rows))
-    fig.suptitle(f"each dot an attack, bars their means; dashed: {_WHOLE} of everything{f'; hollow: lost models ({lost})' if lost else ''}", fontsize=SMALL)
+    fig.supxlabel(f"each dot an attack, bars their means; dashed: {_WHOLE} of everything{f'; hollow: lost models ({lost})' if lost else ''}", fontsize=SMALL)
     return fig
 
 # %% ../../nbs/lab/08_ablations.ipynb #17747bf0

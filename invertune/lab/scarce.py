@@ -12,7 +12,7 @@ import pandas as pd
 from ..defender import Defender
 from ..defenses import defend
 from .profiles import result_dir, stage_params
-from .style import WIDTH, figure, label_ends, look
+from .style import SMALL, WIDTH, figure, label_ends, look
 from .tables import Experiment, is_lost, rank, read_rows
 from ..runtime import InvertuneError
 
@@ -59,6 +59,9 @@ def _curves(rows):
     labels = ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')
     ends = [_lines(ax, rows, key, label) for ax,key,label in zip(axs, ('asr','robust','ca'), labels)]
     for ax in axs[:2]: ax.set_ylim(-2, 102)
+    kept = [100*row['ca'] for row in rows if not is_lost(row)] or [0, 100]
+    axs[2].set_ylim(min(kept) - 3, max(kept) + 2)
+    if lost := sum(map(is_lost, rows)): axs[2].set_title(f'lost models, under the axis: {lost}', fontsize=SMALL, loc='left')
     for ax, own in zip(axs, ends): label_ends(ax, own, max(row['images'] for row in rows))
     return fig
 

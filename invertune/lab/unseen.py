@@ -153,7 +153,8 @@ def _bars(ax, rows, key):
     for i, row in enumerate(rows):
         value, kind = 100*row[key], LOST if is_lost(row) else dict(color=look(row['defense'])['color'], lw=0)
         ax.bar(i, max(value, .8), .84, **kind)
-        ax.text(i, value + 2, f"{value:.0f}{'*' if row['failed'] else ''}", ha='center', fontsize=SMALL)
+        ax.text(i, value + 2, f"{value:.0f}{'*' if row['failed'] else ''}", ha='center', fontsize=SMALL, zorder=5,
+                bbox=dict(fc='w', ec='none', pad=.3))
     ax.set(xlim=(-.7, len(rows) - .3), ylim=(0, 116), xticks=[], yticks=range(0, 101, 25))
 
 @figure
