@@ -186,6 +186,8 @@ def read_notebook(
     nb = nbformat.reads(text, 4)
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
     for c in nb.cells: c.source = re.sub(r'\A(#\|.*(\n|\Z))+', '', c.source)
+    for c in nb.cells: # Jupyter's anchors keep their capitals
+        if c.cell_type == 'markdown': c.source = re.sub(r'\]\([\w./]*#[\w-]+\)', lambda m: m[0].lower(), c.source)
     nb.cells = [c for c in nb.cells if c.source]
     return nb
 
