@@ -18,11 +18,11 @@ from rich.live import Live
 from tqdm import tqdm
 
 import invertune
-from ..lab.profiles import CACHE, EXPERIMENTS, RESULTS, ROOT, known_profiles, load_params
+from ..lab.profiles import CACHE, EXPERIMENTS, RESULTS, ROOT, known_profiles, load_params, stage_params
 from .jobs import Job, stop
 from .record import (changed_stages, load_costs, locked, open_repo, publish_costs, read_plan, record,
                                   stamp_sources)
-from .stages import run_threads, run_words
+from .stages import run_words
 from ..runtime import InvertuneError, check_choice, save_json
 
 # %% ../../nbs/run/01_scheduler.ipynb #bc29fd79
@@ -94,6 +94,7 @@ class Run:
         self.stale, self.stamps = _spread(above, self.changed), stamp_sources(self.stages)
         self.urgency, self.order = _urgency(above, self.costs), TopologicalSorter(above)
         self.order.prepare()
+        self.workers = stage_params('train', profile).get('workers', 1)
         self.ready, self.running, self.made, self.failures, self.done = [], [], [], [], set()
         self.begun, self.shown, self.recorded = time.time(), 0., time.time()
 
@@ -119,12 +120,15 @@ class Run:
         while self.order.is_active() and (new := self.order.get_ready()):
             for name in new: self.ready.append(name) if self.must_run(name) else self.finish(name)
         for name in sorted(self.ready, key=self.urgency.get, reverse=True) if not self.failures else ():
-            taken = sum(run_threads(_kind(job.name)) for job in self.running)
-            if self.running and taken + run_threads(_kind(name)) > self.jobs: break
+            if self.running and sum(map(self.width, [name, *(j.name for j in self.running)])) > self.jobs: break
             with locked(self.repo): self.stages[name].remove_outs(ignore_remove=False)  # not DVC's own copies
             self.ready.remove(name)
             work = partial(_work, self.stages[name].cmd)
             self.running.append(Job(name, work, CACHE/'logs'/f'{name}.log'))
+
+    def width(self, name:str)->int:
+        "How many processes a stage is."
+        return self.workers if _kind(name) == 'train' else 1
 
     def must_run(self, name:str)->bool:
         "What was out of date at first has to run; what lies below it, only if what it reads has changed."
