@@ -23,7 +23,7 @@ PHOTOS  ?=
 PROFILE ?= $(if $(PHOTOS),mine)
 BIN     := .venv/bin
 READY   := .venv/ready
-WORDS   := seeds selection durability unseen ablations scarce domains verdict
+EXPERIMENTS := seeds selection durability unseen ablations scarce domains verdict
 SAID    := $(if $(PROFILE),--profile $(PROFILE))
 
 export HF_HUB_OFFLINE = 1
@@ -32,13 +32,13 @@ ifneq ($(PHOTOS),)
 export INVERTUNE_PHOTOS = $(PHOTOS)
 endif
 
-.PHONY: tour repro $(WORDS) check test test-notebooks test-modules bench lab docs readme prepare outputs clean
+.PHONY: tour repro $(EXPERIMENTS) check test test-notebooks test-modules bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $(SAID)
 
 # What takes longer than the main job has a command of its own, named as its notebook, its stage and its folder of results.
-$(WORDS): $(READY)
+$(EXPERIMENTS): $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $@ $(SAID)
 
 # The environment is made once, and again when its description changes.

@@ -88,7 +88,7 @@ def _warm()->None:
 class Run:
     "One run of a plan: start what is ready, collect what has ended, record it, show how far it is."
     def __init__(self, repo, targets:list, profile:str, jobs:int):
-        self.repo, self.profile, self.jobs, self.console = repo, profile, jobs, Console(highlight=False, markup=False)
+        self.repo, self.profile, self.jobs, self.console = repo, profile, jobs, Console(highlight=False, markup=False, soft_wrap=True)
         self.stages, above = read_plan(repo, targets)
         self.changed, self.costs = changed_stages(repo, self.stages, profile), load_costs(profile)
         self.stale, self.stamps = _spread(above, self.changed), stamp_sources(self.stages)
@@ -172,9 +172,9 @@ class Run:
         "How far the whole run is, and a line for each running stage."
         if time.time() - self.shown < (.5 if self.console.is_terminal else 20): return
         self.shown, width, past = time.time(), min(self.console.width, 120) - 1, time.time() - self.begun
-        whole = tqdm.format_meter(past, past + self.seconds_left(), past,
-                                  prefix=f'{len(self.done)} of {len(self.stages)} stages',
-                                  bar_format='{desc} |{bar:20}| {elapsed} so far, about {remaining} left')
+        left = tqdm.format_interval(self.seconds_left()) if self.costs else '?'
+        whole = tqdm.format_meter(len(self.done), len(self.stages), past, postfix=f'about {left} left',
+                                  bar_format='{n_fmt} of {total_fmt} stages |{bar:20}| {elapsed} so far{postfix}')
         lines = [whole[:width], *(f'  {j.line(width - 2)}' for j in self.running)]
         if self.console.is_terminal: live.update('\n'.join(lines), refresh=True)
         else: self.console.print(*lines, sep='\n')
