@@ -41,8 +41,18 @@ def _run(
     try: kernel.preprocess(nb, {'metadata': {'path': str(folder)}})
     except CellExecutionError as e: raise InvertuneError(f'A cell of {folder.name}/ ended with {e.ename}: {e.evalue}') from e
     for cell in nb.cells:
-        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'code': cell.outputs = _joined([o for o in cell.outputs if o.get('name') != 'stderr'])
     return nb
+
+def _joined(
+    outputs:list, # of one cell
+)->list: # the same, what is printed in one piece
+    "A kernel hands over printed lines in one piece or in several, as time has it."
+    made = []
+    for out in outputs:
+        if made and out['output_type'] == made[-1]['output_type'] == 'stream': made[-1]['text'] += out['text']
+        else: made.append(out)
+    return made
 
 # %% ../../nbs/run/02_pages.ipynb #bf4ce3b2
 def page_text(
