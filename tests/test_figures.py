@@ -1,121 +1,235 @@
-"What the cells of 15_figures do not show: the same bytes each time, whole files, and records from elsewhere."
-import math
+"What the notebooks' cells do not show of the figures: the same bytes each time, letters that can be read, colours that stay, lost models that are not winners."
+import importlib
+import warnings
 
 import matplotlib.pyplot as plt
-import pandas as pd
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
-from invertune import figures
-from invertune.lab.figures import VARIANTS, activation_differences, amplification, embedding_projection, gallery_row, heatmap, identification, read_record, save_figure
-from invertune.invert import make_bank
-from invertune.runtime import InvertuneError, save_json
+from invertune.defenses import DEFENSES
+from invertune.invert import Bank
+from invertune.lab import main, seeds, style
+from invertune.lab.style import LOST, SMALL, WIDTH, legend, look, save_figure
+from invertune.lab.tables import EXPERIMENTS, RECALLS
+from invertune.runtime import InvertuneError
 from invertune.triggers import Trigger
 
-TUNED = {'layers': {'layer1': .1, 'layer4': .9}, 'layers_after': {'layer1': .1, 'layer4': .2}, 'selected': ['layer4'], 'curve': []}
+ATTACKS, NAMES = ['badnet', 'sig', 'wanet'], ['none', 'ft', 'invertune-paper', 'invertune']
+LEFT = {'none': .97, 'ft': .4, 'invertune-paper': .6, 'invertune': .02}
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    "A results folder of our own, empty."
-    monkeypatch.setattr(figures, 'result_dir', lambda profile, stage, key='': tmp_path/profile/stage/key)
-    return tmp_path
+def row(attack, defense, seed=0, **changes):
+    "wanet x invertune-paper is destroyed, sig x invertune-paper has failed."
+    lost, failed = (attack, defense) == ('wanet', 'invertune-paper'), (attack, defense) == ('sig', 'invertune-paper')
+    asr = 0. if lost else LEFT[defense] - .01*(seed % 3)
+    rates = dict(ca=.1 if lost else .91 - .01*NAMES.index(defense), asr=asr, robust=0. if lost else .9*(1 - asr), robust_clean=.9, asr_any=asr, asr_with_target=asr,
+                 ca_top5=.99, ca_clean=.92, **dict.fromkeys(RECALLS, .5))
+    return dict(attack=attack, defense=defense, seed=seed, target='cat', found=None if defense in ('none', 'ft') else 'cat', inverted_asr=.9, trigger=0,
+                failed='It failed.' if failed else None, any_class='sun', n=3200, n_non_target=3100) | rates | changes
 
 
-@pytest.fixture
-def table():
-    cells = [('clean', 'none', 92., math.nan), ('badnet', 'none', 91., 98.), ('badnet', 'invertune', 90., 1.)]
-    return pd.DataFrame([dict(attack=a, defense=d, seeds=1, ca=ca, ca_ci95=1., asr=asr, asr_ci95=1., asr_with_target=asr, ca_top5=99.) for a, d, ca, asr in cells])
+def clean(seed=0): return row('badnet', 'none', seed, target=None, ca=.92) | dict(attack='clean') | dict.fromkeys(('asr', 'robust', 'robust_clean', 'asr_any', 'any_class', 'asr_with_target'))
+
+
+def grid(seed=0): return [row(a, d, seed) for a in ATTACKS for d in NAMES]
+
+
+def uap(family, seed, shares): return dict(family=family, seed=seed, clean_share=[1/3]*3, adv_share=shares)
+
+
+LAYERS = {'layers': {'layer1': .1, 'layer4': .9}, 'layers_after': {'layer1': .1, 'layer4': .2}, 'selected': ['layer4']}
+
+
+def reports(found='cat', family='smooth'):
+    "A model whose patch falls onto another class, and two seeds of a smooth perturbation onto the target, cat."
+    patch, smooth = uap('patch', 0, [.1, .8, .1]), [uap('smooth', seed, [.9 - .2*seed, .05, .05 + .2*seed]) for seed in (0, 1)]
+    return {'invertune': dict(target=found, tuning=LAYERS, identification=dict(family=family, classes=['cat', 'sun', 'die'], simulations=[patch, *smooth])),
+            'invertune-paper': dict(target='sun', tuning={}, identification=dict(family='patch', simulations=[patch]))}
 
 
 def embeddings():
     g = torch.Generator().manual_seed(0)
     parts = {f'{d}.{part}': torch.randn(60, 8, generator=g) for d in ('none', 'invertune') for part in ('clean', 'triggered')}
-    return {'badnet': {**parts, 'labels': torch.arange(60) % 5, 'target': torch.tensor([2])}}
+    return {**parts, 'labels': torch.arange(60) % 5, 'target': torch.tensor([2])}
 
 
-def uap(kind, seed, shares): return dict(kind=kind, seed=seed, clean_share=[1/3]*3, adv_share=shares)
+def gallery():
+    patch = lambda value: Trigger('mask', {'mask': torch.ones(1, 1, 8, 8), 'pattern': torch.full((1, 3, 8, 8), value)}, family='patch')
+    return dict(clean=torch.zeros(3, 8, 8), triggered=torch.full((3, 8, 8), .1)) | {'invertune-paper': Bank([], []), 'invertune': Bank([patch(.2)], [.9])}
 
 
-def identified(found='cat', family='smooth'):
-    "A model whose patch falls onto another class, and two seeds of a smooth perturbation onto the target, cat."
-    patch, smooth = uap('patch', 0, [.1, .8, .1]), [uap('smooth', seed, [.9 - .2*seed, .05, .05 + .2*seed]) for seed in (0, 1)]
-    return dict(classes=['cat', 'sun', 'die'], variants=dict(paper=dict(target='sun', uaps=[patch]), ours=dict(target=found, family=family, uaps=[patch, *smooth])))
+def curve(high, ca=.9): return [dict(step=s, asr=high*s/300, ca=ca, robust=.5) for s in (0, 10, 100, 300)]
 
 
-def words(ax): return [text.get_text() for text in ax.texts if text.get_text()]
+DATA = dict(
+    main=dict(rows=[clean(), *grid()], truth=dict.fromkeys(ATTACKS, 'cat'), reports={a: reports() for a in ATTACKS}, gallery={a: gallery() for a in ATTACKS},
+              embeddings={a: embeddings() for a in ATTACKS}, costs={(a, d): dict(seconds=1., peak_mb=1.) for a in ATTACKS for d in NAMES[1:]}),
+    seeds=[r for s in (11, 12, 13) for r in [clean(s), *grid(s)]],
+    selection=[r | dict(setting={} if r['defense'] == 'none' else {'lr': lr}, ca=r['ca'] - 10*lr, asr=max(0., r['asr'] - 30*lr)) for r in grid() for lr in ((0,) if r['defense'] == 'none' else (1e-3, 3e-3, 1e-2))],
+    durability=[dict(attack=a, defense=d, lr=1e-4, pairs=p, seed=s, ca_clean=.92, curve=curve(h, .1 if (a, d) == ('wanet', 'invertune-paper') else .9))
+                for a in ATTACKS for p in ('all classes', 'without the target') for s in (0, 1, 2) for d, h in (('clean', .01), *LEFT.items())],
+    unseen=dict(rows=grid(), pictures={(a, 0): torch.zeros(3, 8, 8, dtype=torch.uint8) for a in ATTACKS}),
+    ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9) for a in ATTACKS for v, s in (('undefended', .9), ('one round', .02), ('no margin', .1))],
+                   truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),
+    scarce=[row(a, 'invertune', images=n, asr=20/n, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS for n in (64, 256, 1000)],
+    domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k, s in (('none', .9), ('own', .01), ('photos', .1))],
+    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, backdoored=n == 'sig', target=None, found=None, ca=.9, asr=.9 if n == 'sig' else None)
+                       for g, t in enumerate(('resnet', 'vit')) for n, s in (('clean', -2+g), ('tuned', -1.5+g), ('sig', 2-3*g))],
+                 harm=[dict(drop=0.)], calibration_auroc=1., costs=[dict(classes=c, verdict=4., identify=9., per_class=c/2) for c in (32, 1000)]))
+FIGURES = [(word, name) for word in EXPERIMENTS for name in getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures]
+
+
+def draw(word, name): return getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures[name](DATA[word])
+
+
+def words(fig): return [text for text in fig.findobj(plt.Text) if text.get_text() and text.get_visible()]
 
 
 def contents(folder): return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize('draw', [lambda table: heatmap(table), lambda table: embedding_projection(embeddings()),
-                                  lambda table: identification({'badnet': identified(), 'sig': identified()}, {'badnet': 'cat', 'sig': 'cat'}),
-                                  lambda table: activation_differences({'badnet': dict.fromkeys(VARIANTS, TUNED)})])
-def test_the_same_figure_is_the_same_bytes(draw, table, tmp_path, monkeypatch):
-    save_figure(draw(table), tmp_path/'first'/'fig')
+def test_every_experiment_has_one_main_figure():
+    assert [word for word, name in FIGURES if name == 'figure'] == EXPERIMENTS
+    assert {name for word, name in FIGURES if word == 'main'} == {'figure', 'gallery', 'identification', 'activation_differences', 'embedding_projection'}
+
+
+@pytest.mark.parametrize('word, name', FIGURES)
+def test_letters_can_be_read_and_the_page_is_wide_enough(word, name):
+    fig = draw(word, name)
+    assert words(fig) and min(text.get_fontsize() for text in words(fig)) >= SMALL and fig.get_figwidth() <= WIDTH
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*constrained_layout.*')    # a layout that was given up
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+    box = fig.get_tightbbox(canvas.get_renderer())                            # inches
+    assert box.x0 > -.05 and box.x1 < fig.get_figwidth() + .05 and box.y0 > -.05 and box.y1 < fig.get_figheight() + .05
+
+
+@pytest.mark.parametrize('word, name', FIGURES)
+def test_the_same_figure_is_the_same_bytes(word, name, tmp_path, monkeypatch):
+    save_figure(draw(word, name), tmp_path/'first'/'fig')
     monkeypatch.setenv('SOURCE_DATE_EPOCH', '1')   # another day
-    save_figure(draw(table), tmp_path/'second'/'fig')
+    save_figure(draw(word, name), tmp_path/'second'/'fig')
     assert contents(tmp_path/'first') == contents(tmp_path/'second')
 
 
-def test_files_name_no_date_and_no_program(table, tmp_path):
-    png, pdf = save_figure(heatmap(table), tmp_path/'fig')
+def test_drawing_leaves_no_open_figure_and_no_style():
+    before, opened = dict(plt.rcParams), plt.get_fignums()
+    for word, name in FIGURES: draw(word, name)
+    assert dict(plt.rcParams) == before and plt.get_fignums() == opened
+
+
+def test_a_defense_has_one_colour_whatever_is_drawn():
+    "In the figures whose marks are defenses, the mark beside its name in the legend is of its colour."
+    for word in ('seeds', 'durability', 'selection', 'unseen'):
+        for box in draw(word, 'figure').legends:
+            for handle, text in zip(box.legend_handles, box.get_texts()):
+                name = 'none' if text.get_text() == 'no defence' else text.get_text()
+                if name not in LEFT: continue
+                color = handle.get_facecolor() if hasattr(handle, 'get_facecolor') else handle.get_color()
+                assert to_hex(color) == look(name)['color'], (word, name)
+
+
+def test_colours_are_all_different_and_ours_is_the_strongest():
+    known = [look(name)['color'] for name in [*DEFENSES, 'clean']]
+    assert len(set(known)) == len(known)
+    saturation = {name: np.ptp(plt.matplotlib.colors.to_rgb(look(name)['color'])) for name in DEFENSES}
+    assert max(saturation, key=saturation.get) == 'invertune'
+
+
+def test_a_new_defense_takes_a_free_colour_and_no_old_one_changes(monkeypatch):
+    before = {name: look(name) for name in DEFENSES}
+    monkeypatch.setitem(DEFENSES, 'aaa-new', lambda case: None)
+    assert {name: look(name) for name in before} == before and look('aaa-new')['color'] not in {kind['color'] for kind in before.values()}
+
+
+def test_a_lost_model_is_hatched_in_every_panel_of_the_heat_map():
+    fig = draw('main', 'figure')
+    for ax in fig.axes:
+        hatched = [patch.get_xy() for patch in ax.patches if patch.get_hatch() == LOST['hatch']]
+        assert hatched == [(2, 2)]                                  # wanet x invertune-paper, and nothing else
+        cells = [text.get_text() for text in ax.texts]
+        assert cells.count('97.0*') == 0 and sum(cell.endswith('*') for cell in cells) == 1   # sig x invertune-paper has failed
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['model lost: in no mean', '* failed: the model is given back as received']
+
+
+def test_a_lost_model_is_in_no_mean_of_the_heat_map():
+    values, lost = main._grid(DATA['main']['rows'][1:], 'asr')
+    assert lost.loc['wanet', 'invertune-paper'] and values.loc['mean', 'invertune-paper'] == 60
+
+
+def test_dots_keep_a_lost_seed_out_of_their_mean():
+    fig, ax = plt.subplots()
+    style.dots(ax, 0, [10, 20, 0], 'ft', [False, False, True])
+    assert list(ax.lines[-1].get_ydata()) == [15, 15] and ax.lines[2].get_markerfacecolor() == 'none'
+    plt.close(fig)
+
+
+def test_the_bar_of_durability_is_drawn():
+    for ax in draw('durability', 'figure').axes:
+        assert any(list(line.get_ydata()) == [5, 5] for line in ax.lines) and any(text.get_text() == '5 %' for text in ax.texts)
+
+
+def test_files_name_no_date_and_no_program(tmp_path):
+    png, pdf = save_figure(draw('main', 'figure'), tmp_path/'fig')
     assert png.read_bytes()[:4] == b'\x89PNG' and b'Software' not in png.read_bytes()
     assert pdf.read_bytes()[:4] == b'%PDF' and b'CreationDate' not in pdf.read_bytes() and b'Producer' not in pdf.read_bytes()
 
 
-def test_a_failed_write_leaves_the_old_figure(table, tmp_path, monkeypatch):
-    save_figure(heatmap(table), tmp_path/'fig')
+def test_a_failed_write_leaves_the_old_figure(tmp_path, monkeypatch):
+    save_figure(draw('main', 'figure'), tmp_path/'fig')
     before = contents(tmp_path)
     def half(self, file, **kwargs):
         file.write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(plt.Figure, 'savefig', half)
-    with pytest.raises(InvertuneError, match='No space left'): save_figure(heatmap(table), tmp_path/'fig')
+    with pytest.raises(InvertuneError, match='No space left'): save_figure(draw('main', 'gallery'), tmp_path/'fig')
     assert contents(tmp_path) == before
 
 
-def test_drawing_leaves_no_open_figure_and_no_style(table):
-    style, opened = dict(plt.rcParams), plt.get_fignums()
-    heatmap(table)
-    assert dict(plt.rcParams) == style and plt.get_fignums() == opened
-
-
 def test_identification_draws_gains_in_percent_points_beside_the_strongest_other_class():
-    ax, = identification({'sig': identified()}, {'sig': 'cat'}).axes
+    ax, = main._identification({'sig': reports()}, {'sig': 'cat'}).axes
     assert [bar.get_width() for bar in ax.patches[:4]] == pytest.approx([-70/3, 140/3, 140/3, -55/3])
-    assert words(ax) == ['sun', 'die', 'found: cat ✓'] and ax.get_title('left') == 'sig'
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ['sun', 'die', 'ours: cat ✓   published: sun ✗'] and ax.get_title('left') == 'sig'
     assert [label.get_text() for label in ax.get_yticklabels()] == ['corner patch', 'smooth']
-
-
-def test_identification_crosses_out_a_wrong_target_and_hides_panels_without_an_attack():
-    attacks = [f'attack{i}' for i in range(4)]
-    axs = identification({attack: identified('die', 'patch') for attack in attacks}, dict.fromkeys(attacks, 'cat')).axes
-    assert [ax.get_visible() for ax in axs] == [True]*4 + [False]*2
-    assert all(words(ax)[-1] == 'found: die ✗' for ax in axs[:4])
 
 
 def test_amplification_fills_the_range_without_clipping():
     for reach in (.01, .07, .2, .5, 1.):
-        factor = amplification(torch.full((3, 8, 8), reach))
+        factor = main._amplification(torch.full((3, 8, 8), reach))
         assert factor in (1, 2, 4, 8, 16, 32) and (factor*reach <= .5 or factor == 1)
 
 
-@pytest.mark.parametrize('content', [{}, [], {'paper': TUNED}, {'paper': TUNED, 'ours': {}}, {'paper': TUNED, 'ours': None}])
-def test_a_record_from_elsewhere_is_refused(results, content):
-    save_json(results/'toy/tune/badnet/tune.json', content)
-    with pytest.raises(InvertuneError, match='tune.json lacks layers'): read_record('toy', 'tune', 'badnet')
+def test_both_differences_of_a_row_are_scaled_alike_and_the_asr_is_called_inverted():
+    cells = main._gallery_cells(gallery())
+    assert [text for _, text in cells] == ['', '', '× 4', 'none', 'none', 'inverted ASR 90.0 %', '× 4']
+    assert cells[2][0].mean().item() == pytest.approx(.5 + 4*.1) and cells[6][0].mean().item() == pytest.approx(.5 + 4*.2)
 
 
-def test_gallery_row_reads_the_best_trigger_and_refuses_a_sample_that_is_not_there(results):
-    folder = results/'toy/evaluate/badnet'
+def test_a_gallery_row_is_read_and_a_sample_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    monkeypatch.setattr(main, 'result_dir', lambda profile, stage, *key: tmp_path.joinpath(profile, stage, *map(str, key)))
+    folder = tmp_path/'toy/evaluate/0/badnet'
     folder.mkdir(parents=True)
     save_file({'clean': torch.zeros(2, 3, 8, 8), 'triggered': torch.ones(2, 3, 8, 8)}, folder/'samples.safetensors')
-    patch = lambda: Trigger('mask', {'mask': torch.ones(1, 1, 8, 8), 'pattern': torch.ones(1, 3, 8, 8)}, inverted='patch')
-    for variant in VARIANTS: make_bank([(patch(), asr) for asr in (.2, .9)]).save(results/f'toy/invert/badnet/{variant}.safetensors')
-    assert gallery_row('toy', 'badnet', 1)['ours'].asr[0] == .9
-    with pytest.raises(InvertuneError, match='there is no sample 2'): gallery_row('toy', 'badnet', 2)
+    for name in ('invertune-paper', 'invertune'): gallery()[name].save(tmp_path/f'toy/defend/0/badnet/{name}/bank.safetensors')
+    read = main._gallery_row('toy', 0, 'badnet', 1)
+    assert read['invertune'].asr[0] == pytest.approx(.9) and len(read['invertune-paper']) == 0
+    with pytest.raises(InvertuneError, match='there is no sample 2'): main._gallery_row('toy', 0, 'badnet', 2)
     (folder/'samples.safetensors').write_bytes(b'not tensors')
-    with pytest.raises(InvertuneError, match='safetensors'): gallery_row('toy', 'badnet')
+    with pytest.raises(InvertuneError, match='safetensors'): main._gallery_row('toy', 0, 'badnet', 0)
+
+
+def test_a_lost_seed_is_under_the_axis_and_said_so():
+    fig = seeds.seeds.figures['figure'](DATA['seeds'])
+    assert fig.axes[2].get_xlabel() == 'lost models under the axis of CA: 3' and fig.axes[2].get_ylim()[0] > 50
+
+
+def test_a_legend_has_one_handle_a_defense():
+    fig = plt.figure()
+    legend(fig, ['none', 'ft', 'invertune-paper-given'], lost=True)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ['no defence', 'ft', 'invertune-paper, label given', 'model lost']
+    plt.close(fig)

@@ -130,11 +130,12 @@ def _strip(ax, rows, names, key):
     color = look('invertune')['color']
     for y, name in enumerate(names):
         own = [row for row in rows if row['variant'] == name]
-        kept, gone = [row for row in own if not is_lost(row)], [row for row in own if is_lost(row)]
+        kept = [row for row in own if not is_lost(row)]
         shade = color if name in ('all rounds', _WHOLE) else '.45'
         if kept: ax.barh(y, 100*np.mean([row[key] for row in kept]), .7, color=shade, alpha=.35, lw=0)
-        ax.plot([100*row[key] for row in kept], [y]*len(kept), 'o', ms=2.8, color=shade, mec='white', mew=.3, clip_on=False)
-        ax.plot([100*row[key] for row in gone], [y]*len(gone), 'o', ms=3.4, mfc='none', mec='#9a9a9a', clip_on=False)
+        for row in own:
+            how = dict(ms=3.4, mfc='none', mec='#9a9a9a') if is_lost(row) else dict(ms=2.8, color=shade, mec='white', mew=.3)
+            ax.plot(100*row[key], y, 'o', clip_on=False, **how)
     ax.axvline(100*np.mean([row[key] for row in rows if row['variant'] == _WHOLE and not is_lost(row)]), color=color, lw=.8, ls=(0, (4, 3)), zorder=0)
     ax.set(xlim=(-1, 101), ylim=(len(names) - .4, -.6))
     ax.tick_params('y', length=0)

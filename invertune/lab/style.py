@@ -109,8 +109,8 @@ def label_ends(
         for k in range(len(places) - 1):
             push = max(0, gap - places[k + 1] + places[k])/2
             places[k], places[k + 1] = places[k] - push, places[k + 1] + push
-    over = max(0, places[-1] - high)
-    places = [place - over for place in places]
+    aside = max(0, low - places[0]) or -max(0, places[-1] - high)
+    places = [place + aside for place in places]
     for name, y in zip(names, places):
         ax.annotate(name, (x, y), (3, 0), textcoords='offset points', va='center', fontsize=size, color=color, annotation_clip=False)
 

@@ -325,7 +325,7 @@ def _cost(experiment, profile):
     costs = [load_json(file) for pattern in experiment.costs for file in sorted((RESULTS/profile).glob(pattern))]
     if not costs: return ''
     minutes, memory = sum(c['seconds'] for c in costs)/60, max(c['peak_mb'] for c in costs)/1024
-    return f"{len(costs)} runs, {minutes:.0f} minutes in all, at most {memory:.1f} GB"
+    return f"{len(costs)} run{'s' if len(costs) > 1 else ''}, {minutes:.0f} minutes in all, at most {memory:.1f} GB"
 
 def _file_name(name, main):
     "The main table and figure are called so; other tables end on it, other figures have their own name."

@@ -70,7 +70,10 @@ def _rates(rows):
 # %% ../../nbs/lab/12_verdict.ipynb #df4cdc6f
 _HONEST = ('clean','tuned','frequent') # models without a backdoor
 
-def _kinds(rows): return [k for k in (*_HONEST, *ATTACKS, *sorted({r['name'] for r in rows} - {*ATTACKS})) if any(r['name'] == k for r in rows)]
+def _kinds(rows):
+    "The kinds of models there are, honest ones first."
+    names = {r['name'] for r in rows}
+    return [k for k in (*_HONEST, *ATTACKS, *sorted(names - {*_HONEST, *ATTACKS})) if k in names]
 
 def _table(data):
     "Where the verdict is right, percent: all held-out models, each tower, each kind of model."

@@ -1,0 +1,130 @@
+"One word an experiment: module, stage, parameters, page; what was chosen is not at an edge; the zoo is pinned."
+import importlib
+import json
+
+import nbformat
+import pytest
+
+from invertune.attacks import ATTACKS, register_attack
+from invertune.lab.profiles import NBS, RESULTS, defense_params, load_params
+from invertune.lab.tables import EXPERIMENTS, Experiment
+from invertune.lab.zoo import zoo_group
+
+HELPERS = {'main': ['Victim', 'demo_victim', 'load_victim', 'model_path'], 'durability': ['relearn'], 'unseen': ['plant_victim'], 'verdict': ['clean_cost']}
+
+
+def of(word): return getattr(importlib.import_module(f'invertune.lab.{word}'), word)
+
+
+@pytest.mark.parametrize('word', EXPERIMENTS)
+def test_one_word_everywhere(word):
+    "The module, its one name, its notebook, its stage where it has one, its section of params.yaml."
+    made = of(word)
+    assert isinstance(made, Experiment) and made.word == word and made.question.endswith('?') and 'table' in made.tables and 'figure' in made.figures
+    assert sorted(importlib.import_module(f'invertune.lab.{word}').__all__) == sorted([word, *HELPERS.get(word, [])])
+    assert len(list((NBS/'lab').glob(f'[0-9][0-9]_{word}.ipynb'))) == 1 and word in load_params()
+    stages = list((NBS/'stages').glob(f'[0-9][0-9]_{word}.ipynb'))
+    assert len(stages) == (0 if word in ('main', 'seeds') else 1) and (made.measure is None) == (word in ('main', 'seeds'))
+
+
+def parameters(notebook):
+    "Names of the cell that is tagged as parameters."
+    cell = next(c for c in nbformat.read(notebook, 4).cells if 'parameters' in c.metadata.get('tags', []))
+    return {line.split(' = ')[0] for line in cell.source.splitlines()}
+
+
+@pytest.mark.parametrize('word', [w for w in EXPERIMENTS if w not in ('main', 'seeds')] + ['evaluate', 'zoo'])
+def test_a_stage_declares_what_its_section_says(word):
+    "A number that no notebook asks for would go unused."
+    section = set(load_params()[word] or {}) - {'attacks'}
+    assert section <= parameters(next((NBS/'stages').glob(f'[0-9][0-9]_{word}.ipynb')))
+
+
+def test_the_variants_of_the_ablations_are_there():
+    module = importlib.import_module('invertune.lab.ablations')
+    known = {*module._PARTS, *module._BANKS, module._PUBLISHED}
+    assert set(load_params()['ablations']['variants']) <= known and module._WHOLE in load_params()['ablations']['variants']
+
+
+# Selection
+
+def tried(defense, setting, ca, asr, attack='badnet'): return dict(attack=attack, defense=defense, setting=setting, ca=ca, asr=asr, robust=0., ca_clean=.92, failed=None)
+
+
+@pytest.fixture
+def module(): return importlib.import_module('invertune.lab.selection')
+
+
+UNDEFENDED = tried('none', {}, .92, .98)
+
+
+def test_the_rule_takes_the_lowest_asr_that_keeps_the_accuracy(module):
+    rows = [UNDEFENDED, tried('ft', {'lr': 1}, .91, .5), tried('ft', {'lr': 2}, .895, .3), tried('ft', {'lr': 3}, .88, .0)]
+    assert dict(module._table(rows).set_index('setting')['note']) == {'': '', 'lr 1': '', 'lr 2': 'chosen', 'lr 3': ''}
+
+
+def test_where_nothing_keeps_the_accuracy_the_difference_decides(module):
+    rows = [UNDEFENDED, tried('ft', {'lr': 1}, .8, .9), tried('ft', {'lr': 2}, .7, .1), tried('ft', {'lr': 3}, .1, .0)]
+    assert dict(module._table(rows).set_index('setting')['note'])['lr 2'] == 'chosen'
+
+
+def test_a_value_at_the_edge_is_said(module):
+    rows = [UNDEFENDED, *(tried('ft', {'lr': lr, 'epochs': n}, .91, asr) for lr, n, asr in ((1, 1, .9), (2, 1, .5), (3, 1, .1), (1, 2, .9), (2, 2, .5), (3, 2, .2), (2, 3, .6)))]
+    told = module._said(rows)
+    assert 'chosen, at the edge of lr, epochs' in set(module._table(rows)['note']) and told[-1].startswith('At the edge of its grid: ft')
+    inner = [UNDEFENDED, *(tried('ft', {'lr': lr}, .91, asr) for lr, asr in ((1, .5), (2, .1), (3, .3)))]
+    assert module._said(inner)[-1] == 'No chosen value is at the edge of its grid.'
+
+
+def test_means_are_over_the_attacks(module):
+    rows = [UNDEFENDED, tried('none', {}, .92, .98, 'sig'), *(tried('ft', {'lr': lr}, .91, asr, a) for a, lr, asr in (('badnet', 1, .0), ('sig', 1, .8), ('badnet', 2, .3), ('sig', 2, .3)))]
+    table = module._table(rows).set_index('setting')
+    assert (table.loc['lr 1', 'asr'], table.loc['lr 1', 'asr_worst'], table.loc['lr 2', 'asr']) == (40, 80, 30) and table.loc['lr 2', 'note'].startswith('chosen')
+
+
+def test_every_defense_that_is_reported_has_a_grid_of_several_values():
+    params = load_params()
+    grids = params['selection']['grids']
+    assert {d for d in params['main']['defenses'] if d != 'none'} <= {*grids} and params['selection']['seed'] not in [0, *params['seeds']['seeds']]
+    assert all(len(values) >= 3 and values == sorted(values) for grid in grids.values() for values in grid.values())
+
+
+def committed_choice():
+    "Parameters by defense, as the committed table of the selection has them; {} before it was made."
+    files = sorted((RESULTS/'glyphs'/'selection'/'rows').glob('*/rows.json'))
+    return [row for file in files for row in json.loads(file.read_text())['rows']]
+
+
+@pytest.mark.skipif(not committed_choice(), reason='the selection has not been run')
+def test_what_was_chosen_is_what_is_used_and_at_no_edge(module):
+    "The parameters of params.yaml are those that the committed rows choose, or the defaults where these are the choice."
+    rows = committed_choice()
+    means = module._means(rows)
+    for defense, at in module._chosen(means).items():
+        words = means.loc[at, 'setting']
+        assert not module._edges(rows, defense, words), f'{defense}: {words} is at the edge of its grid'
+        setting = next(row['setting'] for row in rows if row['defense'] == defense and module._words(row['setting']) == words)
+        params = defense_params('glyphs', defense)
+        for name, value in setting.items():
+            place, *path = name.split('.')
+            now = params.get(place)
+            for part in path: now = (now or {}).get(part)
+            assert now in (None, value), f'{defense}: params.yaml has {name} {now}, the selection chose {value}'
+
+
+# The zoo
+
+def test_the_zoo_is_pinned_by_its_recipes():
+    "A new attack, or another order of the registry, changes no group."
+    params = load_params()['zoo']
+    before = [zoo_group(n, params['recipes'], params['sizes']) for n in range(6)]
+    @register_attack('tomorrow')
+    def tomorrow(setup, **recipe): raise NotImplementedError
+    try: assert [zoo_group(n, params['recipes'], params['sizes']) for n in range(6)] == before
+    finally: del ATTACKS['tomorrow']
+    assert load_params()['verdict']['recipes'] == params['recipes'] and set(params['recipes']) <= {*ATTACKS, 'tuned'}
+
+
+def test_an_unknown_experiment_is_none():
+    with pytest.raises(ModuleNotFoundError): of('rerun')
+    assert not {'rerun', 'harder', 'structured', 'relearn', 'ablate', 'foreign'} & {p.stem[3:] for p in (NBS/'stages').glob('*.ipynb')}
