@@ -104,25 +104,46 @@ def train_poisoned(
 
 # %% ../nbs/method/08_attacks.ipynb #f9c93206
 @register_attack('badnet')
-def badnet(setup:Setup, size:float=16, place:str='corner', pattern:str='fixed', **recipe)->tuple:
+def badnet(
+    setup:Setup, # what the attacker has
+    size:float=16, # of the patch, pixels at 224
+    place:str='corner', # a key of `PLACES`, or 'anywhere'
+    pattern:str='fixed', # a key of `PATCHES`, or 'noise'
+    **recipe, # of `train_poisoned`, as below
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A patch in the bottom right corner."
     trigger = patch_trigger(setup.side, setup.seed, size, place, pattern)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('blended')
-def blended(setup:Setup, alpha:float=.2, cell:int=1, **recipe)->tuple:
+def blended(
+    setup:Setup, # what the attacker has
+    alpha:float=.2, # weight of the noise
+    cell:int=1, # side of a cell of it, pixels
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A faint noise image over everything."
     trigger = blended_trigger(setup.side, setup.seed, alpha, cell)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('sig')
-def sig(setup:Setup, amplitude:float=60/255, frequency:float=6, **recipe)->tuple:
+def sig(
+    setup:Setup, # what the attacker has
+    amplitude:float=60/255, # of the wave, in [0,1]
+    frequency:float=6, # periods across the image
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A sinusoid along the columns."
     trigger = sig_trigger(setup.side, amplitude, frequency)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('wanet')
-def wanet(setup:Setup, k:int=4, strength:float=1., **recipe)->tuple:
+def wanet(
+    setup:Setup, # what the attacker has
+    k:int=4, # control points a side
+    strength:float=1., # mean displacement, pixels
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "An elastic warp."
     trigger = wanet_trigger(setup.side, setup.seed, k, strength)
     return train_poisoned(setup, trigger, **recipe), [trigger]
@@ -245,13 +266,21 @@ def _patch_report(
     eighth,mean = max(1, len(losses)//8), lambda v: sum(v) / len(v)
     x = setup.split.images[setup.split.labels != setup.index][:n]
     real,_,_ = _target_anchors(setup)
-    aims = dict(text=zero_shot_head(setup.clip, setup.classes, setup.templates)[setup.index], images=F.normalize(real.mean(0), dim=0))
+    text = zero_shot_head(setup.clip, setup.classes, setup.templates)[setup.index]
+    aims = dict(text=text, images=F.normalize(real.mean(0), dim=0))
     f = {name: embed(setup.clip, x, change) for name,change in (('', trigger), ('_clean', None))}
     found = {f'cos_{aim}{name}': (e @ v.cpu()).mean().item() for aim,v in aims.items() for name,e in f.items()}
-    return found | dict(loss_first=mean(losses[:eighth]), loss_before=mean(losses[-2*eighth:-eighth] or losses), loss_last=mean(losses[-eighth:]))
+    return found | dict(loss_first=mean(losses[:eighth]), loss_before=mean(losses[-2*eighth:-eighth] or losses),
+                        loss_last=mean(losses[-eighth:]))
 
 @register_attack('badclip')
-def badclip(setup:Setup, size:float=16, trigger_steps:int=600, trigger_lr:float=.03, **recipe)->tuple:
+def badclip(
+    setup:Setup, # what the attacker has
+    size:float=16, # of the patch, pixels at 224
+    trigger_steps:int=600, # of stage 1
+    trigger_lr:float=.03, # of stage 1
+    **recipe, # of `train_poisoned`: stage 3
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A converged centre patch with natural captions."
     trigger,losses = dual_trigger(setup, size, trigger_steps, trigger_lr)
     trigger.meta['converged'] = _patch_report(setup, trigger, losses)

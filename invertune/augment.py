@@ -62,7 +62,8 @@ def _erase(x, gen, sides=(.06,.3)):
     n,side = len(x), x.shape[-1]
     size,center = _uniform(*sides, (n,2,1,1), x, gen), _uniform(0, 1, (n,2,1,1), x, gen)
     at = (torch.arange(side, device=x.device) + .5) / side
-    rows,cols = ((at.view(s)-center[:,i:i+1]).abs() < size[:,i:i+1]/2 for i,s in enumerate(((1,1,-1,1), (1,1,1,-1))))
+    shapes = (1,1,-1,1),(1,1,1,-1)
+    rows,cols = ((at.view(s)-center[:,i:i+1]).abs() < size[:,i:i+1]/2 for i,s in enumerate(shapes))
     color,noise = _uniform(0, 1, (n,3,1,1), x, gen), _uniform(0, 1, (1,3,side,side), x, gen)
     return torch.where(rows & cols, torch.where(_uniform(0, 1, (n,1,1,1), x, gen) < .5, color, noise), x)
 
