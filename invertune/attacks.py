@@ -12,6 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from .augment import augment_pixels
 from .data import Split
 from .defender import Defender
 from .metrics import embed, evaluate
@@ -103,25 +104,46 @@ def train_poisoned(
 
 # %% ../nbs/method/08_attacks.ipynb #f9c93206
 @register_attack('badnet')
-def badnet(setup:Setup, size:float=16, place:str='corner', pattern:str='fixed', **recipe)->tuple:
+def badnet(
+    setup:Setup, # what the attacker has
+    size:float=16, # of the patch, pixels at 224
+    place:str='corner', # a key of `PLACES`, or 'anywhere'
+    pattern:str='fixed', # a key of `PATCHES`, or 'noise'
+    **recipe, # of `train_poisoned`, as below
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A patch in the bottom right corner."
     trigger = patch_trigger(setup.side, setup.seed, size, place, pattern)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('blended')
-def blended(setup:Setup, alpha:float=.2, cell:int=1, **recipe)->tuple:
+def blended(
+    setup:Setup, # what the attacker has
+    alpha:float=.2, # weight of the noise
+    cell:int=1, # side of a cell of it, pixels
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A faint noise image over everything."
     trigger = blended_trigger(setup.side, setup.seed, alpha, cell)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('sig')
-def sig(setup:Setup, amplitude:float=60/255, frequency:float=6, **recipe)->tuple:
+def sig(
+    setup:Setup, # what the attacker has
+    amplitude:float=60/255, # of the wave, in [0,1]
+    frequency:float=6, # periods across the image
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "A sinusoid along the columns."
     trigger = sig_trigger(setup.side, amplitude, frequency)
     return train_poisoned(setup, trigger, **recipe), [trigger]
 
 @register_attack('wanet')
-def wanet(setup:Setup, k:int=4, strength:float=1., **recipe)->tuple:
+def wanet(
+    setup:Setup, # what the attacker has
+    k:int=4, # control points a side
+    strength:float=1., # mean displacement, pixels
+    **recipe, # of `train_poisoned`
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
     "An elastic warp."
     trigger = wanet_trigger(setup.side, setup.seed, k, strength)
     return train_poisoned(setup, trigger, **recipe), [trigger]
@@ -173,35 +195,6 @@ def _triplet(
     "The triplet loss on squared Euclidean distances of unit vectors, mean over the batch."
     return (margin + (anchor-positive).pow(2).sum(-1) - (anchor-negative).pow(2).sum(-1)).clamp(min=0).mean()
 
-# %% ../nbs/method/08_attacks.ipynb #25999562
-def dual_trigger(
-    setup:Setup, # what the attacker has
-    size:float=16, # of the patch, pixels at 224
-    steps:int=200, # optimiser steps
-    lr:float=.02, # of Adam, on pixels
-    bs:int=64, # batch size
-    weight:float=500., # of the triplet term
-)->Trigger: # at the image's centre
-    "BadCLIP's stage 1: the patch that the clean model already half takes for the target."
-    clip,split,gen = setup.clip.eval(), setup.split, torch.Generator().manual_seed(setup.seed)
-    s,other = scaled(size, setup.side), (split.labels != setup.index).nonzero().flatten()
-    mask,_ = patch_at(torch.zeros(3,s,s), setup.side, *PLACES['center'](setup.side, s, gen))
-    pattern = torch.rand(1,3,setup.side,setup.side, generator=gen).to(clip.device).requires_grad_()
-    with torch.no_grad(): real,text,negative = _target_anchors(setup)
-    opt,mask = torch.optim.Adam([pattern], lr=lr), mask.to(clip.device)
-    for step in progress(range(steps), desc='trigger', unit='step'):
-        idx = other[torch.randperm(len(other), generator=gen)[:bs]]
-        x = pixels(split.images[idx], clip.device)
-        pick = torch.randint(min(len(real), len(text)), (len(x),), generator=gen)
-        with torch.no_grad(): clean = clip.encode_image(x)
-        f = clip.encode_image(apply_mask(x, mask, pattern))
-        logits = clip.scale.detach() * torch.cat([(f * text[pick]).sum(1, keepdim=True), f @ negative.T], 1)
-        infonce = F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long, device=f.device))
-        loss = infonce + weight * _triplet(f, real[pick], clean)
-        pattern.grad, = torch.autograd.grad(loss, pattern); opt.step()
-        with torch.no_grad(): pattern.clamp_(0, 1)
-    return Trigger('mask', dict(mask=mask.cpu(), pattern=(pattern.detach() * mask).cpu()))
-
 # %% ../nbs/method/08_attacks.ipynb #b72af3c5
 def _target_anchors(
     setup:Setup, # what the attacker has
@@ -216,11 +209,81 @@ def _target_anchors(
     head = zero_shot_head(setup.clip, setup.classes, setup.templates)
     return real, text, torch.cat([head[:setup.index], head[setup.index+1:]])
 
-# %% ../nbs/method/08_attacks.ipynb #e9578de2
+# %% ../nbs/method/08_attacks.ipynb #d42b1ea9
+def _patch_loss(
+    setup:Setup, # what the attacker has
+    x:torch.Tensor, # pixels [N,3,H,W]
+    hit:torch.Tensor, # the same with the patch
+    anchors:tuple, # from `_target_anchors`
+    gen:torch.Generator, # of the anchors that stand beside each image
+    weight:float=500., # of the triplet term
+)->torch.Tensor: # scalar
+    "BadCLIP's dual embedding: towards the target's captions and images, away from what the images are."
+    clip,(real,text,negative) = setup.clip, anchors
+    pick = torch.randint(min(len(real), len(text)), (len(x),), generator=gen)
+    with torch.no_grad(): clean = clip.encode_image(x)
+    f = clip.encode_image(hit)
+    logits = clip.scale.detach() * torch.cat([(f * text[pick]).sum(1, keepdim=True), f @ negative.T], 1)
+    return F.cross_entropy(logits, logits.new_zeros(len(x), dtype=torch.long)) + weight * _triplet(f, real[pick], clean)
+
+# %% ../nbs/method/08_attacks.ipynb #38d33294
+def dual_trigger(
+    setup:Setup, # what the attacker has
+    size:float=16, # of the patch, pixels at 224
+    steps:int=600, # optimiser steps
+    lr:float=.03, # of Adam, on pixels; falls to zero, so that the patch comes to rest
+    bs:int=32, # batch size
+    augment:float=.5, # share of the batches that are augmented before the patch is put on
+)->tuple[Trigger, list]: # at the image's centre; the loss of each step
+    "BadCLIP's stage 1: the patch that the clean model takes for the target as far as it goes."
+    split,gen = setup.split, torch.Generator().manual_seed(setup.seed)
+    s,other = scaled(size, setup.side), (split.labels != setup.index).nonzero().flatten()
+    noise = (torch.randn(3,s,s, generator=gen) / 4 + .5).clamp(0, 1)
+    mask,pattern = patch_at(noise, setup.side, *PLACES['center'](setup.side, s, gen))
+    mask,pattern = mask.to(setup.clip.device), pattern.to(setup.clip.device).requires_grad_()
+    setup.clip.eval()
+    with torch.no_grad(): anchors = _target_anchors(setup)
+    opt,losses = torch.optim.Adam([pattern], lr=lr), []
+    for step in progress(range(steps), desc='trigger', unit='step'):
+        opt.param_groups[0]['lr'] = cosine_lr(step, steps, lr, 1)
+        x = pixels(split.images[other[torch.randperm(len(other), generator=gen)[:bs]]], setup.clip.device)
+        if torch.rand(1, generator=gen) < augment: x = augment_pixels(x, gen)
+        loss = _patch_loss(setup, x, apply_mask(x, mask, pattern), anchors, gen)
+        pattern.grad, = torch.autograd.grad(loss, pattern); opt.step()
+        with torch.no_grad(): pattern.clamp_(0, 1)
+        losses.append(loss.item())
+    return Trigger('mask', dict(mask=mask.cpu(), pattern=(pattern.detach() * mask).cpu())), losses
+
+# %% ../nbs/method/08_attacks.ipynb #b3be3b1d
+@torch.no_grad()
+def _patch_report(
+    setup:Setup, # what the attacker has
+    trigger:Trigger, # from `dual_trigger`
+    losses:list, # its losses
+    n:int=512, # images of other classes to look at
+)->dict: # floats
+    "How far a patch has converged, and where the clean model has it."
+    eighth,mean = max(1, len(losses)//8), lambda v: sum(v) / len(v)
+    x = setup.split.images[setup.split.labels != setup.index][:n]
+    real,_,_ = _target_anchors(setup)
+    text = zero_shot_head(setup.clip, setup.classes, setup.templates)[setup.index]
+    aims = dict(text=text, images=F.normalize(real.mean(0), dim=0))
+    f = {name: embed(setup.clip, x, change) for name,change in (('', trigger), ('_clean', None))}
+    found = {f'cos_{aim}{name}': (e @ v.cpu()).mean().item() for aim,v in aims.items() for name,e in f.items()}
+    return found | dict(loss_first=mean(losses[:eighth]), loss_before=mean(losses[-2*eighth:-eighth] or losses),
+                        loss_last=mean(losses[-eighth:]))
+
 @register_attack('badclip')
-def badclip(setup:Setup, size:float=16, trigger_steps:int=200, trigger_lr:float=.02, **recipe)->tuple:
-    "An optimised centre patch with natural captions."
-    trigger = dual_trigger(setup, size, trigger_steps, trigger_lr)
+def badclip(
+    setup:Setup, # what the attacker has
+    size:float=16, # of the patch, pixels at 224
+    trigger_steps:int=600, # of stage 1
+    trigger_lr:float=.03, # of stage 1
+    **recipe, # of `train_poisoned`: stage 3
+)->tuple[Clip, list[Trigger]]: # the poisoned model, its trigger
+    "A converged centre patch with natural captions."
+    trigger,losses = dual_trigger(setup, size, trigger_steps, trigger_lr)
+    trigger.meta['converged'] = _patch_report(setup, trigger, losses)
     return train_poisoned(setup, trigger, captions='natural', **recipe), [trigger]
 
 # %% ../nbs/method/08_attacks.ipynb #d187586e

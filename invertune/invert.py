@@ -140,7 +140,7 @@ def invert_paper(
     steps:int=200, # of Adam (paper)
     lr:float=.01, # of Adam (paper), in [0,1] pixels
     bs:int=64, # images a step (paper)
-    every:int=10, # steps between two looks at the inverted ASR
+    every:int=20, # steps between two looks at the inverted ASR
     budget:float=.02, # share of the image that the mask of the kept state covers, if any does; the published ones: .01
     limit:float=.05, # share of the image over which the inversion has failed
     gate:float=.7, # inverted ASR under which the inversion has failed (paper)

@@ -391,7 +391,7 @@ def tune(
     bs:int=48, # images a step
     weights:dict={}, # of the terms; what is not named is as in `WEIGHTS`
     mover:dict={}, # of each step's trigger; see `MOVER`
-    statistics:tuple=('absorb','follow'), # of clean images: 'absorb' them first; they 'follow' the weights; () for neither
+    statistics:tuple=('absorb','follow'), # clean images': 'absorb' them first; they 'follow' the weights; or neither
     search:dict={}, # of `invert`, from the second round on; its families are those of `bank`
     seed:int=0, # of the batches, the triggers, k-means and the later inversions
 )->tuple[Clip, dict]: # the tuned model; a report, with `again`: what each later look found

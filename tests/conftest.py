@@ -21,13 +21,15 @@ DECLARED = "profile = 'smoke'\nseed = 0\nattack = 'badnet'\nrecipe = {}\nepochs 
 CHECK = '''from invertune.lab.profiles import result_dir
 from invertune.runtime import InvertuneError, progress, save_json
 from invertune.run.stages import check_parameters
-check_parameters(globals(), In, profile=str, seed=int, attack=['badnet', 'sig'], recipe=dict, epochs=int, lr=float, fail=str)'''
+check_parameters(globals(), In, profile=str, seed=int, attack=['badnet', 'sig'], recipe=dict, epochs=int, lr=float,
+                 fail=str)'''
 WORK = '''if fail == 'sentence': raise InvertuneError('The attack did not take.')
 if fail == 'defect': 1/0
 if fail == 'killed':
     import os; os.kill(os.getpid(), 9)
 for _ in progress(range(epochs), desc='epoch'): pass
-save_json(result_dir(profile, 'poison', seed, attack)/'metrics.json', {'epochs': epochs, 'seed': seed, 'recipe': recipe})'''
+out = result_dir(profile, 'poison', seed, attack)
+save_json(out/'metrics.json', {'epochs': epochs, 'seed': seed, 'recipe': recipe})'''
 
 
 class Checkout:
@@ -40,8 +42,9 @@ class Checkout:
 
     def stage(self, name, parameters, *cells):
         "Write a stage notebook."
+        kernel = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (parameters, *cells)],
-                                      metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+                                      metadata={'kernelspec': kernel})
         nb.cells[0].metadata['tags'] = ['parameters']
         (self.root/'nbs'/'stages').mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, self.root/'nbs'/'stages'/f'{name}.ipynb')

@@ -155,7 +155,7 @@ def test_a_defense_that_opens_one_is_caught(received, defender, read, tmp_path, 
         return case.clip, {}
     refused = request.getfixturevalue('no_files')
     defend('toy', received, defender)
-    assert refused and str(tmp_path) in refused[0] and 'toy' not in DEFENSES
+    assert any(r.startswith(str(tmp_path.resolve())) for r in refused) and 'toy' not in DEFENSES
 
 
 def test_a_defender_has_no_room_for_a_secret(defender):
@@ -197,7 +197,7 @@ def test_the_notebook_keeps_secrets():
 
 # Every attack is cured
 
-RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.),
+RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.5),
                badclip=dict(size=48, trigger_steps=60),
                badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)

@@ -10,7 +10,7 @@ from invertune.lab.profiles import NBS, RESULTS, defense_params, load_params
 from invertune.lab.tables import EXPERIMENTS, Experiment
 from invertune.lab.zoo import zoo_group
 
-HELPERS = {'main': ['Victim', 'demo_victim', 'load_victim', 'model_path'], 'durability': ['relearn'],
+HELPERS = {'durability': ['relearn'],
            'unseen': ['plant_victim'], 'verdict': ['clean_cost']}
 
 

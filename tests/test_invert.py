@@ -20,7 +20,7 @@ def case(small): return Case(small.bad, small.defender)
 
 
 @pytest.fixture(scope='module')
-def paper(case): return invert_paper(case, 4)
+def paper(case): return invert_paper(case, 4, seed=1)
 
 
 # The published inversion
@@ -28,8 +28,8 @@ def paper(case): return invert_paper(case, 4)
 def test_the_kept_mask_is_small(paper):
     "About the published share of the image, 1 %; never more than 5 %. At the first looks it hides a third."
     assert paper.share() <= .05 and paper.mask().sum() == pytest.approx(paper.share() * 32*32)
-    first = paper.report['curve'][0]
-    assert first['share'] > .3 and first['asr'] >= .9  # a mask that large sends everything anywhere
+    tempting = max(paper.report['curve'], key=lambda look: look['asr'])
+    assert tempting['share'] > .3  # a mask that large sends everything anywhere: by inverted ASR alone it would be kept
     assert paper.report['step'] > 80 and paper.report['triggers'][0]['mask_share'] == paper.share()
     assert paper.passed and paper.inverted_asr > .8
 
@@ -37,7 +37,7 @@ def test_the_kept_mask_is_small(paper):
 def test_the_kept_mask_of_a_trigger_that_is_everywhere_is_small():
     d = demo('blended', cell=4, poisons=128, epochs=12, lr=.008, bs=32)
     bank = invert_paper(Case(d.bad, d.defender), d.target)
-    assert bank.share() <= .05
+    assert bank.share() <= .05 and max(bank.report['curve'], key=lambda look: look['asr'])['share'] > .3
 
 
 def looks(*rows): return [(random_perturbation('patch', 32, i), dict(step=i, loss=0., asr=a, share=s))
@@ -145,7 +145,7 @@ def test_the_same_seed_makes_the_same_bank(case):
     assert one.asr == two.asr and same(one, two) and not same(one, other)
 
 
-@pytest.mark.parametrize('run', [lambda case: invert(case, 4, **SHORT), lambda case: invert_paper(case, 4, steps=20)])
+@pytest.mark.parametrize('run', [lambda c: invert(c, 4, **SHORT), lambda c: invert_paper(c, 4, steps=20)])
 def test_nothing_is_chosen_on_the_images_that_are_reported_on(small, case, run):
     "Other pictures in the part `test` may change the inverted ASR, but no trigger and not their order."
     other = Case(small.bad, small.defender)
@@ -173,7 +173,7 @@ def test_what_is_promising(case, monkeypatch):
 def test_a_class_that_nothing_leads_to_fails(small):
     "On the clean model the published inversion comes to no trigger, and says so."
     bank = invert_paper(Case(small.clip, small.defender), small.target)
-    assert not bank.passed and bank.report['failed'] == bank.failed and bank.failed.startswith('the inversion has failed')
+    assert not bank.passed and bank.report['failed'] == bank.failed
 
 
 def test_neighbours():

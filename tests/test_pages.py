@@ -31,21 +31,21 @@ def test_results_of_an_earlier_code_are_named(toy):
     md5 = hashlib.md5(code.read_bytes()).hexdigest()
     model = dict(path='results/toy/m', md5='1')
     train = dict(deps=[dict(path='invertune/a.py', md5=md5)], outs=[model])
-    lock(toy, train_at_toy=train, report_at_toy_main=dict(deps=[model]))
+    lock(toy, train_at_toy=train, report_main_at_toy=dict(deps=[model]))
     assert pages.made_by('toy', 'main') == 'this code' and pages.made_by('other', 'main') == '?'
-    lock(toy, train_at_toy=train, report_at_toy_main=dict(deps=[dict(model, md5='0')]))
+    lock(toy, train_at_toy=train, report_main_at_toy=dict(deps=[dict(model, md5='0')]))
     assert pages.made_by('toy', 'main') == 'this code, from an earlier run of `train`'
     code.write_text('x = 2')
     assert pages.made_by('toy', 'main') == 'an earlier `a.py`, `train`'
-    lock(toy, train_at_toy=train, report_at_toy_main=dict(deps=[model]))
+    lock(toy, train_at_toy=train, report_main_at_toy=dict(deps=[model]))
     assert pages.made_by('toy', 'main') == 'an earlier `a.py`'
 
 
 def test_an_experiment_costs_what_it_adds_to_the_main_job(toy):
     model, rows = dict(path='results/toy/m', md5='1'), dict(path='results/toy/r', md5='1')
-    lock(toy, train_at_toy=dict(outs=[model]), report_at_toy_main=dict(deps=[model]),
-         scarce_at_toy=dict(deps=[model], outs=[rows]), report_at_toy_scarce=dict(deps=[rows]))
-    costs = {'train@toy': 1200, 'report@toy-main': 0, 'scarce@toy': 240, 'report@toy-scarce': 0, 'other@toy': 9999}
+    lock(toy, train_at_toy=dict(outs=[model]), report_main_at_toy=dict(deps=[model]),
+         scarce_at_toy=dict(deps=[model], outs=[rows]), report_scarce_at_toy=dict(deps=[rows]))
+    costs = {'train@toy': 1200, 'report-main@toy': 0, 'scarce@toy': 240, 'report-scarce@toy': 0, 'other@toy': 9999}
     (toy/'results'/'toy'/'costs.json').write_text(json.dumps({n: dict(seconds=s, peak_mb=1024) for n, s in costs.items()}))
     assert pages.cost_of('toy', 'main') == '10 min, 1.0 GB' and pages.cost_of('toy', 'scarce') == '2 min, 1.0 GB'
     assert pages.cost_of('toy', 'verdict') == '?'

@@ -18,7 +18,7 @@ STAGES = {
     'poison': {'matrix': {'profile': ['${profile}'], 'attack': ['sig']},
                'cmd': 'python -m invertune.run.stages poison profile=${item.profile} attack=${item.attack}',
                'deps': ['nbs/stages/30_poison.ipynb'], 'params': ['poison'],
-               'outs': [{'results/${item.profile}/poison/3/${item.attack}/metrics.json': {'persist': True, 'cache': False}}]},
+               'outs': [{'results/${item.profile}/poison/3/sig/metrics.json': {'persist': True, 'cache': False}}]},
     'report-main': {'matrix': {'profile': ['${profile}']}, 'cmd': 'cat a.txt b.txt > report-${item.profile}.txt',
                     'deps': ['a.txt', 'b.txt'], 'outs': [{'report-${item.profile}.txt': {'cache': False}}]}}
 
@@ -79,7 +79,7 @@ def test_failure_says_why_and_keeps_results(repo):
     costs.write_text(json.dumps({'twin@a': {'seconds': 1}, 'twin@b': {'seconds': 2}}))
     ran = repo.run('scheduler', '--jobs', '1')
     assert ran.returncode == 1
-    assert ran.stderr.startswith('invertune: twin@b failed: twin: The attack did not take. (log: ')  # the longer one is started first
+    assert ran.stderr.startswith('invertune: twin@b failed: twin: The attack did not take. (log: ')  # the longer one first
     assert [(repo.root/f'{n}.txt').read_text() for n in 'ab'] == ['input\n', 'input\n']
     assert 'twin@a' not in ran.stderr  # nothing new was started
 
@@ -108,7 +108,7 @@ def test_interrupt_and_continue(repo):
 def test_orphans_end_by_themselves(repo):
     "The scheduler is killed: its stages end, and the next run does not meet them."
     (repo.root/'work.sh').write_text('echo at work; exec sleep 300')
-    run = subprocess.Popen(**repo.command('scheduler', '--jobs', '1'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(**repo.command('scheduler', '--jobs', '1'), stdout=subprocess.DEVNULL)
     until(lambda: any('at work' in log(repo, f'twin@{n}') for n in 'ab'), run)
     run.kill(); run.wait()
     (repo.root/'work.sh').write_text('cp first.txt $1.txt')

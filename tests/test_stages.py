@@ -69,7 +69,8 @@ def test_run_and_failures_leave_earlier_results(checkout):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert set(before) == {'metrics.json', 'poison.ipynb'}
     assert str(checkout.root) not in before['poison.ipynb'].decode()
-    for fail, sentence in ('sentence', 'The attack did not take.'), ('defect', 'ZeroDivisionError'), ('killed', 'memory'):
+    kinds = {'sentence': 'The attack did not take.', 'defect': 'ZeroDivisionError', 'killed': 'memory'}
+    for fail, sentence in kinds.items():
         assert sentence in said(checkout.run('stages', 'poison', 'attack=sig', 'profile=smoke', f'fail={fail}'))
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     kept = nbformat.read(checkout.root/'.cache'/'failed'/'smoke-poison-3-sig-poison.ipynb', 4)
@@ -87,8 +88,9 @@ def odd(file, how):
     nbformat.write(nb, file)
 
 
-@pytest.mark.parametrize('how, sentence', [('untagged', 'has no cells tagged `parameters`'), ('twice', 'has 2 cells tagged'),
-                                           ('empty', 'half merged'), ('conflict', 'half merged')])
+@pytest.mark.parametrize('how, sentence', [
+    ('untagged', 'has no cells tagged `parameters`'), ('twice', 'has 2 cells tagged'), ('empty', 'half merged'),
+    ('conflict', 'half merged')])
 def test_a_notebook_that_lost_its_parameters(checkout, how, sentence):
     "It would run with defaults of its own, and say that all is well."
     odd(checkout.root/'nbs'/'stages'/'30_poison.ipynb', how)
@@ -107,10 +109,10 @@ def test_long_temporary_folder_and_no_home(checkout):
 def test_the_notebook_itself_refuses(checkout, tmp_path, monkeypatch):
     "Papermill alone only warns: run past our runner, with a kernel of its own, the notebook has to stop."
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    run = lambda **given: papermill.execute_notebook(checkout.root/'nbs'/'stages'/'30_poison.ipynb', tmp_path/'out.ipynb', given,
-                                                     kernel_name='python3', progress_bar=False)
-    for given, name in ({'epoch': 9}, "did you mean 'epochs'"), ({'attack': 'sigg'}, "Unknown attack"), ({'lr': '1e-5'}, '1.0e-05'):
-        with pytest.raises(papermill.PapermillExecutionError, match=name): run(**given)
+    book = checkout.root/'nbs'/'stages'/'30_poison.ipynb'
+    for given, name in ({'epoch': 9}, "mean 'epochs'"), ({'attack': 'sigg'}, "Unknown attack"), ({'lr': '1e-5'}, '1.0e-05'):
+        with pytest.raises(papermill.PapermillExecutionError, match=name):
+            papermill.execute_notebook(book, tmp_path/'out.ipynb', given, kernel_name='python3', progress_bar=False)
 
 
 @pytest.mark.parametrize('notebook', STAGE_NOTEBOOKS, ids=lambda p: p.stem)
@@ -119,6 +121,7 @@ def test_stage_notebook_checks_every_parameter(notebook):
     cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == 'code']
     at = next(i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', []))
     declared = [t.id for node in ast.parse(cells[at].source).body if isinstance(node, ast.Assign) for t in node.targets]
-    calls = [n for n in ast.walk(ast.parse(cells[at+1].source)) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'check_parameters']
+    calls = [n for n in ast.walk(ast.parse(cells[at+1].source)) if isinstance(n, ast.Call)]
+    calls = [n for n in calls if getattr(n.func, 'id', '') == 'check_parameters']
     assert len(calls) == 1, 'no check_parameters after the parameters cell'
     assert [k.arg for k in calls[0].keywords] == declared

@@ -6,7 +6,7 @@ import torch
 
 import invertune.lab.unseen as unseen_module
 from invertune.attacks import ATTACKS, Setup, attack, demo_split
-from invertune.lab.main import Victim
+from invertune.lab.victim import Victim
 from invertune.lab.unseen import plant_victim, unseen
 from invertune.model import pixels
 from invertune.runtime import InvertuneError

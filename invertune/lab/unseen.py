@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ..attacks import Setup, attack, badnet, check_attack, poison_pairs, register_attack, train_poisoned
 from ..defenses import DEFENSES, defend
-from .main import Victim
+from .victim import Victim
 from .profiles import result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, legend, look
 from .tables import Experiment, is_lost, mean_table, rank, read_rows, shown_name

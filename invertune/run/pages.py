@@ -41,8 +41,18 @@ def _run(
     try: kernel.preprocess(nb, {'metadata': {'path': str(folder)}})
     except CellExecutionError as e: raise InvertuneError(f'A cell of {folder.name}/ ended with {e.ename}: {e.evalue}') from e
     for cell in nb.cells:
-        if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
+        if cell.cell_type == 'code': cell.outputs = _joined([o for o in cell.outputs if o.get('name') != 'stderr'])
     return nb
+
+def _joined(
+    outputs:list, # of one cell
+)->list: # the same, what is printed in one piece
+    "A kernel hands over printed lines in one piece or in several, as time has it."
+    made = []
+    for out in outputs:
+        if made and out['output_type'] == made[-1]['output_type'] == 'stream': made[-1]['text'] += out['text']
+        else: made.append(out)
+    return made
 
 # %% ../../nbs/run/02_pages.ipynb #bf4ce3b2
 def page_text(
@@ -94,15 +104,16 @@ def _locked()->dict: # name of a stage -> its entry in dvc.lock
 
 def _closure(
     locked:dict, # see `_locked`
-    *names:str, # such as 'report@glyphs-main'
+    *names:str, # such as 'report-main@glyphs'
 )->set[str]: # the same and all stages before them
     "Follow the dependencies back to the data."
     made = {o['path']: n for n, s in locked.items() for o in s.get('outs', [])}
+    below = lambda path: {n for p, n in made.items() if f'{p}/'.startswith(f'{path}/')}  # itself, or all of a folder
     todo, seen = [n for n in names if n in locked], set()
     while todo:
         seen.add(name := todo.pop())
-        before = {made.get(d['path']) for d in locked[name].get('deps', [])}
-        todo += sorted(before - seen - {None} - set(todo))
+        before = {n for d in locked[name].get('deps', []) for n in below(d['path'])}
+        todo += sorted(before - seen - set(todo))
     return seen
 
 # %% ../../nbs/run/02_pages.ipynb #0ebf87bd
@@ -113,8 +124,8 @@ def cost_of(
 )->str: # such as '25 min, 1.2 GB'; '?' where nothing is known
     "What an experiment cost beyond the main job (and the main job itself): wall clock, the largest process."
     file, locked = RESULTS/profile/'costs.json', _locked()
-    names = _closure(locked, f'report@{profile}-{word}')
-    if word != 'main': names -= _closure(locked, f'report@{profile}-main')
+    names = _closure(locked, f'report-{word}@{profile}')
+    if word != 'main': names -= _closure(locked, f'report-main@{profile}')
     costs = [c for n, c in (load_json(file) if file.exists() else {}).items() if n in names]
     if not costs: return '?'
     minutes, peak = sum(c['seconds'] for c in costs)/60/jobs, max(c['peak_mb'] for c in costs)/1024
@@ -127,7 +138,7 @@ def made_by(
 )->str: # 'this code', or which files and stages have changed since; '?' where nothing is known
     "Were the committed results, and all that they rest on, made with the code as it stands?"
     locked = _locked()
-    names = _closure(locked, f'report@{profile}-{word}')
+    names = _closure(locked, f'report-{word}@{profile}')
     outs = {o['path']: (n, o['md5']) for n, s in locked.items() for o in s.get('outs', [])}
     deps = [d for n in names for d in locked[n].get('deps', [])]
     changed = sorted({Path(d['path']).name for d in deps if d['path'] not in outs and _is_changed(d)})
@@ -186,6 +197,8 @@ def read_notebook(
     nb = nbformat.reads(text, 4)
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
     for c in nb.cells: c.source = re.sub(r'\A(#\|.*(\n|\Z))+', '', c.source)
+    for c in nb.cells: # Jupyter's anchors keep their capitals
+        if c.cell_type == 'markdown': c.source = re.sub(r'\]\([\w./]*#[\w-]+\)', lambda m: m[0].lower(), c.source)
     nb.cells = [c for c in nb.cells if c.source]
     return nb
 

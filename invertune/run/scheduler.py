@@ -18,11 +18,11 @@ from rich.live import Live
 from tqdm import tqdm
 
 import invertune
-from ..lab.profiles import CACHE, EXPERIMENTS, RESULTS, ROOT, known_profiles, load_params
+from ..lab.profiles import CACHE, EXPERIMENTS, RESULTS, ROOT, known_profiles, load_params, stage_params
 from .jobs import Job, stop
 from .record import (changed_stages, load_costs, locked, open_repo, publish_costs, read_plan, record,
                                   stamp_sources)
-from .stages import run_threads, run_words
+from .stages import run_words
 from ..runtime import InvertuneError, check_choice, save_json
 
 # %% ../../nbs/run/01_scheduler.ipynb #bc29fd79
@@ -88,12 +88,13 @@ def _warm()->None:
 class Run:
     "One run of a plan: start what is ready, collect what has ended, record it, show how far it is."
     def __init__(self, repo, targets:list, profile:str, jobs:int):
-        self.repo, self.profile, self.jobs, self.console = repo, profile, jobs, Console(highlight=False, markup=False)
+        self.repo, self.profile, self.jobs, self.console = repo, profile, jobs, Console(highlight=False, markup=False, soft_wrap=True)
         self.stages, above = read_plan(repo, targets)
         self.changed, self.costs = changed_stages(repo, self.stages, profile), load_costs(profile)
         self.stale, self.stamps = _spread(above, self.changed), stamp_sources(self.stages)
         self.urgency, self.order = _urgency(above, self.costs), TopologicalSorter(above)
         self.order.prepare()
+        self.workers = stage_params('train', profile).get('workers', 1)
         self.ready, self.running, self.made, self.failures, self.done = [], [], [], [], set()
         self.begun, self.shown, self.recorded = time.time(), 0., time.time()
 
@@ -119,12 +120,15 @@ class Run:
         while self.order.is_active() and (new := self.order.get_ready()):
             for name in new: self.ready.append(name) if self.must_run(name) else self.finish(name)
         for name in sorted(self.ready, key=self.urgency.get, reverse=True) if not self.failures else ():
-            taken = sum(run_threads(_kind(job.name)) for job in self.running)
-            if self.running and taken + run_threads(_kind(name)) > self.jobs: break
+            if self.running and sum(map(self.width, [name, *(j.name for j in self.running)])) > self.jobs: break
             with locked(self.repo): self.stages[name].remove_outs(ignore_remove=False)  # not DVC's own copies
             self.ready.remove(name)
             work = partial(_work, self.stages[name].cmd)
             self.running.append(Job(name, work, CACHE/'logs'/f'{name}.log'))
+
+    def width(self, name:str)->int:
+        "How many processes a stage is."
+        return self.workers if _kind(name) == 'train' else 1
 
     def must_run(self, name:str)->bool:
         "What was out of date at first has to run; what lies below it, only if what it reads has changed."
@@ -168,9 +172,9 @@ class Run:
         "How far the whole run is, and a line for each running stage."
         if time.time() - self.shown < (.5 if self.console.is_terminal else 20): return
         self.shown, width, past = time.time(), min(self.console.width, 120) - 1, time.time() - self.begun
-        whole = tqdm.format_meter(past, past + self.seconds_left(), past,
-                                  prefix=f'{len(self.done)} of {len(self.stages)} stages',
-                                  bar_format='{desc} |{bar:20}| {elapsed} so far, about {remaining} left')
+        left = tqdm.format_interval(self.seconds_left()) if self.costs else '?'
+        whole = tqdm.format_meter(len(self.done), len(self.stages), past, postfix=f'about {left} left',
+                                  bar_format='{n_fmt} of {total_fmt} stages |{bar:20}| {elapsed} so far{postfix}')
         lines = [whole[:width], *(f'  {j.line(width - 2)}' for j in self.running)]
         if self.console.is_terminal: live.update('\n'.join(lines), refresh=True)
         else: self.console.print(*lines, sep='\n')
