@@ -218,7 +218,7 @@ def judge(
     target = classes[int(np.argmax(best['shares']))] if s > 0 else None
     return Verdict(s > 0, 1 / (1 + math.exp(-s)), target, best['family'], s, row, evidence, list(classes))
 
-# %% ../nbs/method/15_verdict.ipynb #26631eb6
+# %% ../nbs/method/15_verdict.ipynb #3da260d8
 def scan(
     clip:Clip, # the model under test, left as it is
     defender:Defender, # clean images and class names
@@ -229,9 +229,9 @@ def scan(
     "Is there a backdoor, which label does it want, how sure are we?"
     c = load_calibration() if calibration is None else calibration
     if clip.image_size != c['side'] and not force:
-        raise InvertuneError(f"the calibration was made with models for images of {c['side']} pixels a side, but this "
-                             f'one takes {clip.image_size}, and what is usual there is not known: calibrate on models of '
-                             'that size, or take the answer for a guess with force=True')
+        raise InvertuneError(f"the calibration was made with models for images of {c['side']} pixels a side, but "
+                             f'this one takes {clip.image_size}, and what is usual there is not known: calibrate on '
+                             'models of that size, or take the answer for a guess with force=True')
     case = Case(copy.deepcopy(clip).eval(), defender, seed)
     return judge(gather_evidence(case, **c['search']), tower_kind(clip), defender.classes, c)
 
