@@ -74,8 +74,7 @@ def _heat(ax, rows, key, title, cmap, low=0, high=100):
     ax.axhline(len(values) - 1, color='white', lw=4)
     ax.set(title=title, xlabel='', ylabel='')
     ax.tick_params(length=0)
-    ax.set_xticks(ax.get_xticks(), [shown_name(name).replace('-paper', '-\npaper').replace(', ', ',\n') for name in values.columns],
-                  rotation=60, ha='right', rotation_mode='anchor', fontsize=SMALL)
+    ax.set_xticks(ax.get_xticks(), [shown_name(name).replace(', ', ',\n') for name in values.columns], rotation=90, fontsize=SMALL)
     ax.set_yticks(ax.get_yticks(), values.index, rotation=0)
 
 # %% ../../nbs/lab/03_main.ipynb #7b2bdaa1

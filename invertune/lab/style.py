@@ -42,8 +42,8 @@ def figure(
         return fig
     return drawn
 
-# %% ../../nbs/lab/02_style.ipynb #363f3d33
-_LOOKS = {'none': ('#3a3a3a', 'X'), 'ft': ('#d9a441', 's'), 'cleanclip': ('#3f9f96', 'D'), 'par': ('#8c6bb1', 'h'), 'invertune-paper': ('#7d8fd3', '^'),
+# %% ../../nbs/lab/02_style.ipynb #ad2bf492
+_LOOKS = {'none': ('#141414', 'X'), 'ft': ('#d9a441', 's'), 'cleanclip': ('#3f9f96', 'D'), 'par': ('#8c6bb1', 'h'), 'invertune-paper': ('#7d8fd3', '^'),
           'invertune-paper-given': ('#b9c4ec', 'v'), 'invertune': ('#c8102e', 'o'), 'clean': ('#9a9a9a', 'P')}
 _FREE = [('#7fbf5b', 'p'), ('#e78ac3', '<'), ('#8c5a2b', '>')]
 
