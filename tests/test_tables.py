@@ -193,7 +193,7 @@ def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, caps
     ft = table['defense'] == 'ft'
     def said(rerun, *words):
         write_table(rerun, evaluated/'toy/main/table')
-        return tables.main(['check', '--profile', 'toy', *words]), capsys.readouterr().out
+        return tables._main(['check', '--profile', 'toy', *words]), capsys.readouterr().out
     monkeypatch.setattr(tables, '_committed_table', lambda *args: table)
     moved = table.assign(asr=(table['asr'] - 10).where(~ft, table['asr']))
     status, text = said(moved)
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_table_is_refused(evaluated, text, monkeypatch, capsys
     monkeypatch.setattr(tables, '_committed_table', lambda *args: rows_table(ROWS))
     (evaluated/'toy/main').mkdir(parents=True)
     (evaluated/'toy/main/table.csv').write_text(text)
-    assert tables.main(['check', '--profile', 'toy']) == 1 and 'table.csv is not a table' in capsys.readouterr().out
+    assert tables._main(['check', '--profile', 'toy']) == 1 and 'table.csv is not a table' in capsys.readouterr().out
 
 
 def test_the_command_is_one_sentence_where_nothing_was_committed():
