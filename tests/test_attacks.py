@@ -9,7 +9,7 @@ import torch
 from invertune import attacks
 from invertune.attacks import (ATTACKS, Setup, attack, check_attack, demo_split, poison_pairs, register_attack,
                                train_poisoned)
-from invertune.metrics import attack_success, evaluate
+from invertune.metrics import _attack_success, evaluate
 from invertune.model import pixels, write_tensors
 from invertune.runtime import InvertuneError
 from invertune.triggers import Trigger, load_trigger, patch_trigger
@@ -146,8 +146,8 @@ def test_training_that_diverges(setup):
 def test_asr_leaves_true_targets_out():
     "Umbrellas that are read as umbrellas are no success of the attacker."
     preds, labels = torch.tensor([4, 4, 4, 0]), torch.tensor([4, 4, 1, 0])
-    assert attack_success(preds, labels, 4) == (.5, .75)
-    with says('ASR is undefined'): attack_success(preds, torch.full((4,), 4), 4)
+    assert _attack_success(preds, labels, 4) == (.5, .75)
+    with says('ASR is undefined'): _attack_success(preds, torch.full((4,), 4), 4)
 
 
 def test_asr_of_a_clean_model(small):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from invertune import data, glyphs
-from invertune.data import SETS, assert_disjoint, make_manifests, photo_dataset, pictogram_dataset, read_templates, set_hash
+from invertune.data import SETS, assert_disjoint, _make_manifests, photo_dataset, pictogram_dataset, read_templates, _set_hash
 from invertune.glyphs import read_manifest
 from invertune.runtime import InvertuneError
 
@@ -33,7 +33,7 @@ def few(folder=DATA/'glyphs', n=32, **kw): return pictogram_dataset(folder, imag
 # manifests
 
 def test_the_documented_command_makes_the_manifests_in_git(tmp_path):
-    make_manifests(tmp_path)
+    _make_manifests(tmp_path)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*.*'))
     assert made == sorted(p.relative_to(DATA) for p in DATA.rglob('*.*'))
     assert all((tmp_path/p).read_bytes() == (DATA/p).read_bytes() for p in made)
@@ -68,7 +68,7 @@ def test_text_files_of_another_editor(tmp_path, saved):
     for name in 'classes.txt', 'templates.txt', 'poison.csv': (tmp_path/name).write_bytes(saved((tmp_path/name).read_bytes()))
     here, there = few(tmp_path), few()
     assert here.classes == there.classes and here.templates == there.templates
-    assert set_hash(here['poison']) == set_hash(there['poison'])
+    assert _set_hash(here['poison']) == _set_hash(there['poison'])
 
 
 # images and their cache
@@ -140,19 +140,19 @@ def test_a_shared_image_is_found():
     lambda s: s.labels.__setitem__(3, (s.labels[3] + 1) % 32), lambda s: s.images[3, 0, 0].__ixor__(1)])
 def test_the_hash_sees_every_change(change):
     split = few()['poison']
-    before = set_hash(split)
+    before = _set_hash(split)
     change(split)
-    assert set_hash(split) != before
-    assert set_hash(few()['poison']) == before
+    assert _set_hash(split) != before
+    assert _set_hash(few()['poison']) == before
 
 
 def test_captions_cannot_be_cut_otherwise():
     "Two captions are not the same as one that holds both."
     split = few(n=32)['poison']
     split.captions[:2] = ['a', 'bc']
-    before = set_hash(split)
+    before = _set_hash(split)
     split.captions[:2] = ['ab', 'c']
-    assert set_hash(split) != before
+    assert _set_hash(split) != before
 
 
 def test_a_set_draws_itself():

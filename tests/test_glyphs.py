@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from invertune import glyphs
-from invertune.glyphs import COLORS, PICTOGRAMS, TEXTURES, Row, draw, glyph_mask, read_manifest, readable, write_manifest
+from invertune.glyphs import COLORS, PICTOGRAMS, TEXTURES, Row, draw, _glyph_mask, read_manifest, readable, write_manifest
 from invertune.runtime import InvertuneError
 
 DATA = Path(__file__).parent.parent/'data'
@@ -23,7 +23,7 @@ def sha(x): return hashlib.sha256(x.tobytes()).hexdigest()[:16]
 @pytest.fixture
 def fresh_glyphs():
     "No rasterized glyph or font in memory, before and after"
-    def clear(): glyph_mask.cache_clear(); glyphs._font.cache_clear()
+    def clear(): _glyph_mask.cache_clear(); glyphs._font.cache_clear()
     clear(); yield; clear()
 
 @pytest.mark.parametrize('row, hashes', KNOWN)
@@ -43,7 +43,7 @@ def test_every_texture_depends_on_the_seed_alone(texture):
     assert (draw(row) != draw(replace(row, seed=99))).any()
 
 def test_glyphs_are_distinct():
-    masks = np.stack([np.asarray(glyph_mask(c, 32), dtype=float).ravel()/255 for c in PICTOGRAMS])
+    masks = np.stack([np.asarray(_glyph_mask(c, 32), dtype=float).ravel()/255 for c in PICTOGRAMS])
     overlap = masks @ masks.T / np.maximum(masks.sum(1)[:, None], masks.sum(1))
     assert (overlap - np.eye(len(masks)) < .85).all()
 

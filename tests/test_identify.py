@@ -7,7 +7,7 @@ import torch
 from invertune import identify as step1
 from invertune.attacks import demo_split
 from invertune.defender import Case
-from invertune.identify import SIMULATIONS, identify, identify_paper, shortcut, simulate
+from invertune.identify import _SIMULATIONS, identify, identify_paper, shortcut, _simulate
 from invertune.runtime import InvertuneError
 from invertune.search import random_perturbation
 
@@ -23,12 +23,12 @@ def test_both_rules_name_the_target(small, case):
     ours, paper = identify(case, steps=15), identify_paper(case, steps=15)
     assert ours.target == paper.target == small.target and ours.name == paper.name == 'umbrella'
     assert ours.probability.sum() == pytest.approx(1) and ours.probability.argmax() == small.target
-    assert [s['family'] for s in ours.simulations] == list(SIMULATIONS) and len(paper.simulations) == 1
-    assert len(ours.candidates) == 2*len(SIMULATIONS) and paper.candidates == []
+    assert [s['family'] for s in ours.simulations] == list(_SIMULATIONS) and len(paper.simulations) == 1
+    assert len(ours.candidates) == 2*len(_SIMULATIONS) and paper.candidates == []
 
 
 def test_shares_are_shares_of_images(case):
-    found = simulate(case, random_perturbation('warp', 32), steps=2, n=40)
+    found = _simulate(case, random_perturbation('warp', 32), steps=2, n=40)
     for key in ('clean_share', 'adv_share'):
         assert found[key].sum() == pytest.approx(1)
         assert all(abs(s*40 - round(s*40)) < 1e-4 for s in found[key].tolist())
@@ -38,7 +38,7 @@ def test_shares_are_shares_of_images(case):
 
 def test_a_simulation_leaves_its_start_alone(case):
     start = random_perturbation('patch', 32)
-    simulate(case, start, steps=2)
+    _simulate(case, start, steps=2)
     shortcut(case, 4, start, steps=2)
     assert torch.equal(start.tensors['pattern'], random_perturbation('patch', 32).tensors['pattern'])
 

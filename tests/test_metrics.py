@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from invertune.metrics import accuracy, any_success, attack_success, evaluate, retrieval, robust_accuracy
+from invertune.metrics import accuracy, _any_success, _attack_success, evaluate, retrieval, _robust_accuracy
 from invertune.runtime import InvertuneError
 
 
@@ -17,8 +17,8 @@ def drawn(seed, n=300, classes=7):
 def test_any_success_is_the_highest_asr_of_any_target(seed):
     "Each class asked in turn with the function that counts for the true one."
     preds, labels = drawn(seed)
-    each = [attack_success(preds, labels, c)[0] for c in range(7)]
-    share, at = any_success(preds, labels, 7)
+    each = [_attack_success(preds, labels, c)[0] for c in range(7)]
+    share, at = _any_success(preds, labels, 7)
     assert share == pytest.approx(max(each)) and each[at] == pytest.approx(max(each))
 
 
@@ -26,26 +26,26 @@ def test_a_moved_backdoor_is_seen_where_the_asr_is_zero():
     "Every triggered image ends at class 3: the target's ASR is 0, robust accuracy is that class's share alone."
     labels = torch.arange(40) % 4
     preds = torch.full((40,), 3)
-    assert attack_success(preds, labels, 0)[0] == 0 and any_success(preds, labels, 4) == (1., 3)
-    assert robust_accuracy(preds, labels, 0) == pytest.approx(1/3)
+    assert _attack_success(preds, labels, 0)[0] == 0 and _any_success(preds, labels, 4) == (1., 3)
+    assert _robust_accuracy(preds, labels, 0) == pytest.approx(1/3)
 
 
 def test_a_perfect_reader_has_neither():
     labels = torch.arange(40) % 4
-    assert any_success(labels, labels, 4)[0] == 0 and robust_accuracy(labels, labels, 0) == 1 and attack_success(labels,
+    assert _any_success(labels, labels, 4)[0] == 0 and _robust_accuracy(labels, labels, 0) == 1 and _attack_success(labels,
         labels, 0) == (0, .25)
 
 
 def test_a_class_without_images_can_be_the_one_that_all_end_at():
     labels = torch.zeros(10, dtype=torch.long)
-    assert any_success(torch.full((10,), 2), labels, 3) == (1., 2)
+    assert _any_success(torch.full((10,), 2), labels, 3) == (1., 2)
 
 
 def test_only_images_of_other_classes_count():
     "Two of the target's own, read wrongly: they are in no headline."
     labels, preds = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 1, 0])
-    assert attack_success(preds, labels, 0) == (.5, .25) and robust_accuracy(preds, labels, 0) == .5
-    with pytest.raises(InvertuneError, match='ASR is undefined'): attack_success(preds[:2], labels[:2], 0)
+    assert _attack_success(preds, labels, 0) == (.5, .25) and _robust_accuracy(preds, labels, 0) == .5
+    with pytest.raises(InvertuneError, match='ASR is undefined'): _attack_success(preds[:2], labels[:2], 0)
 
 
 def test_evaluate_says_all_of_it(small):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from invertune.lab.profiles import ROOT
-from invertune.run.pages import PAGES, page_text
+from invertune.run.pages import PAGES, _page_text
 
 
 @pytest.fixture(scope='module')
@@ -61,4 +61,4 @@ def test_pages_equal_their_notebooks(page):
     "To the digit while the results are the committed ones; after a rerun on another machine, digits may differ."
     rerun = subprocess.run(['git', 'status', '--porcelain', 'results'], cwd=ROOT, capture_output=True, text=True).stdout
     text = lambda s: re.sub(r'-?\d+(\.\d+)?', '#', s) if rerun else s
-    assert text((ROOT/page).read_text(encoding='utf-8')) == text(page_text(page)), 'run `make readme`'
+    assert text((ROOT/page).read_text(encoding='utf-8')) == text(_page_text(page)), 'run `make readme`'

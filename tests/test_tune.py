@@ -12,7 +12,7 @@ from invertune.model import load_clip, pixels, save_clip, tiny_clip
 from invertune.runtime import InvertuneError
 from invertune.search import FAMILIES, random_perturbation, sign_step
 from invertune.triggers import Trigger
-from invertune.tune import absorb_bn_stats, inspect_layers, prototypes, select_layers, tune, tune_paper, update_bn_stats
+from invertune.tune import _absorb_bn_stats, _inspect_layers, _prototypes, _select_layers, tune, tune_paper, _update_bn_stats
 
 SEARCH = dict(steps=1, stride=112, families=())
 
@@ -76,7 +76,7 @@ def test_the_published_tuning_leaves_text_and_statistics_alone(tuned):
 def test_only_critical_rows_of_the_selected_layers_move(case, bank):
     "As published: nothing but the selected layers, and in tensors of their width only the rows of critical channels."
     clip, report = tune_paper(case, 4, bank, steps=3, lr=1e-3)
-    mask = inspect_layers(case.clip, case.images, bank[0])['masks'][report['selected'][0]]
+    mask = _inspect_layers(case.clip, case.images, bank[0])['masks'][report['selected'][0]]
     rows = mask.flatten(1).any(1)
     assert 0 < rows.sum() < len(rows) and report['critical'][report['selected'][0]]['channels'] == rows.sum()
     moved = {k for k, v in clip.state_dict().items() if not torch.equal(v, case.clip.state_dict()[k])}
@@ -93,7 +93,7 @@ def test_ours_takes_the_statistics_of_clean_images(tuned, case):
     clip = made['ours'][0]
     after = state(clip)
     assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith('model.visual.'))
-    update_bn_stats(clip, case.images)
+    _update_bn_stats(clip, case.images)
     assert all(torch.allclose(v, clip.state_dict()[k], atol=1e-6) for k, v in after.items() if 'running' in k)
     assert any(not torch.allclose(before[k], after[k]) for k in before if 'running' in k)
 
@@ -108,14 +108,14 @@ def test_a_tower_without_batchnorm(defender, bank):
     "Nothing to absorb, nothing to follow; it is tuned all the same."
     vit = tiny_clip('vit', width=4, layers=(1, 1), image_size=32, text_width=32, text_layers=1, embed_dim=32, context=8)
     clip, _ = tune(Case(vit, defender), 4, bank, rounds=1, steps=2)
-    assert same(state(absorb_bn_stats(vit, defender.images)), state(vit)) and not same(state(clip), state(vit))
+    assert same(state(_absorb_bn_stats(vit, defender.images)), state(vit)) and not same(state(clip), state(vit))
 
 
 def test_absorbing_changes_statistics_and_no_function(received, defender):
     "Statistics become those of the clean images; every image is embedded as before, and the received model stays."
     before, gen = state(received), torch.Generator().manual_seed(0)
     noise = torch.randint(256, (16, *defender.images.shape[1:]), dtype=torch.uint8, generator=gen)
-    made, seen = absorb_bn_stats(received, defender.images), []
+    made, seen = _absorb_bn_stats(received, defender.images), []
     for images in (defender.images, noise):
         assert torch.allclose(embed(made, images), embed(received, images), atol=1e-5)
     assert same(state(received), before)
@@ -140,10 +140,10 @@ def test_rounds(case, bank):
 
 def test_the_target_is_its_text_and_its_prototype(case, bank):
     "A triggered image must come near neither; whoever asks for the text alone gets another model."
-    near = prototypes(case.embeddings, case.head)
+    near = _prototypes(case.embeddings, case.head)
     own = embed(case.clip, case.images[case.reads == 4]).mean(0)
     assert torch.allclose(near[4], torch.nn.functional.normalize(own, dim=0), atol=1e-6)
-    x, masks = pixels(case.images[:16]), inspect_layers(case.clip, case.images, bank[0])['masks']
+    x, masks = pixels(case.images[:16]), _inspect_layers(case.clip, case.images, bank[0])['masks']
     def term(*aims):
         terms = step3._loss_terms(case.clip, case.clip, x, bank[0](x), masks, case.head, torch.stack(aims), 0.)
         return terms['embedding'].item()
@@ -190,7 +190,7 @@ def test_a_failed_inversion_is_refused(case):
     (dict(statistics=['absorbed']), "unknown choice of statistics 'absorbed'")])
 def test_unknown_settings(case, bank, kw, sentence):
     with says(sentence): tune(case, 4, bank, **kw)
-    with says("unknown layer rule 'top4'"): select_layers({'layer1': 1.}, 'top4')
+    with says("unknown layer rule 'top4'"): _select_layers({'layer1': 1.}, 'top4')
 
 
 def test_a_tuning_that_diverges(case, bank):
