@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from invertune import data, glyphs
-from invertune.data import SETS, assert_disjoint, _make_manifests, photo_dataset, pictogram_dataset, read_templates, _set_hash
+from invertune.data import (SETS, assert_disjoint, make_manifests, photo_dataset, pictogram_dataset,
+                            read_templates, _set_hash)
 from invertune.glyphs import read_manifest
 from invertune.runtime import InvertuneError
 
 DATA = Path(__file__).parent.parent/'data'
-SMOKE_EVALUATION = '93d8ae4b65dcd8d407b9c87087a553b0d4415c9f9bf1877a2819fff73390fd4f'  # pixels of the smoke profile's 320 images
+# pixels of the smoke profile's 320 images
+SMOKE_EVALUATION = '93d8ae4b65dcd8d407b9c87087a553b0d4415c9f9bf1877a2819fff73390fd4f'
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +29,14 @@ def own_cache(monkeypatch, tmp_path):
     return tmp_path/'cache'/'images'
 
 
-def few(folder=DATA/'glyphs', n=32, **kw): return pictogram_dataset(folder, image_size=32, limit=dict.fromkeys(SETS, n), **kw)
+def few(folder=DATA/'glyphs', n=32, **kw):
+    return pictogram_dataset(folder, image_size=32, limit=dict.fromkeys(SETS, n), **kw)
 
 
 # manifests
 
 def test_the_documented_command_makes_the_manifests_in_git(tmp_path):
-    _make_manifests(tmp_path)
+    make_manifests(tmp_path)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*.*'))
     assert made == sorted(p.relative_to(DATA) for p in DATA.rglob('*.*'))
     assert all((tmp_path/p).read_bytes() == (DATA/p).read_bytes() for p in made)
@@ -41,7 +44,8 @@ def test_the_documented_command_makes_the_manifests_in_git(tmp_path):
 
 def test_no_two_rows_share_a_seed_or_an_id():
     rows = [r for name in SETS for r in read_manifest(DATA/'glyphs'/f'{name}.csv')]
-    assert len({r.seed for r in rows}) == len({r.id for r in rows}) == len({r.looks for r in rows}) == sum(data._SIZES.values())
+    assert (len({r.seed for r in rows}) == len({r.id for r in rows}) == len({r.looks for r in rows})
+            == sum(data._SIZES.values()))
 
 
 def copy_glyphs(to):
@@ -49,10 +53,12 @@ def copy_glyphs(to):
 
 
 @pytest.mark.parametrize('file, text, why', [
-    ('classes.txt', 'anchor\nunicorn\n', "classes.txt, row 2: unknown class 'unicorn'"), ('classes.txt', '\n', 'classes.txt is empty'),
+    ('classes.txt', 'anchor\nunicorn\n', "classes.txt, row 2: unknown class 'unicorn'"),
+    ('classes.txt', '\n', 'classes.txt is empty'),
     ('classes.txt', 'anchor\nanchor\n', "row 2: the class 'anchor' is there twice"),
     ('templates.txt', 'a {}\na thing\n', "templates.txt, row 2: a template has {} once, not 'a thing'"),
-    ('templates.txt', 'a {} }\n', 'a template has {} once'), ('templates.txt', 'a {} of {}\n', 'a template has {} once'),
+    ('templates.txt', 'a {} }\n', 'a template has {} once'),
+    ('templates.txt', 'a {} of {}\n', 'a template has {} once'),
     ('poison.csv', 'id\n', 'poison.csv, row 1: the header is not'), ('poison.csv', None, 'poison.csv cannot be read')])
 def test_broken_input_is_named(tmp_path, file, text, why):
     copy_glyphs(tmp_path)
@@ -62,10 +68,12 @@ def test_broken_input_is_named(tmp_path, file, text, why):
     assert why in str(e.value)
 
 
-@pytest.mark.parametrize('saved', [lambda b: b'\xef\xbb\xbf' + b, lambda b: b.replace(b'\n', b'\r\n'), lambda b: b + b'\n\n'])
+@pytest.mark.parametrize('saved', [lambda b: b'\xef\xbb\xbf' + b,
+                                   lambda b: b.replace(b'\n', b'\r\n'), lambda b: b + b'\n\n'])
 def test_text_files_of_another_editor(tmp_path, saved):
     copy_glyphs(tmp_path)
-    for name in 'classes.txt', 'templates.txt', 'poison.csv': (tmp_path/name).write_bytes(saved((tmp_path/name).read_bytes()))
+    for name in 'classes.txt', 'templates.txt', 'poison.csv':
+        (tmp_path/name).write_bytes(saved((tmp_path/name).read_bytes()))
     here, there = few(tmp_path), few()
     assert here.classes == there.classes and here.templates == there.templates
     assert _set_hash(here['poison']) == _set_hash(there['poison'])
@@ -81,7 +89,8 @@ def test_pictograms_are_the_same_everywhere():
 
 def test_splits_are_balanced_and_typed():
     split = few(n=64)['defender']
-    assert split.images.shape == (64, 3, 32, 32) and split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64
+    assert split.images.shape == (64, 3, 32, 32) and split.images.dtype == torch.uint8
+    assert split.labels.dtype == torch.int64
     assert len(split) == len(split.captions) == 64 and (torch.bincount(split.labels) == 2).all()
 
 
@@ -97,8 +106,10 @@ def test_the_cache_lies_where_the_caller_says(tmp_path, own_cache):
 
 
 @pytest.mark.parametrize('damage', [
-    lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''), lambda p: p.write_bytes(p.read_bytes()[:-1] + b'?'),
-    lambda p: np.save(p, np.zeros(3)), lambda p: np.save(p, np.array([{}]), allow_pickle=True), lambda p: p.with_suffix('.sha256').unlink()])
+    lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''),
+    lambda p: p.write_bytes(p.read_bytes()[:-1] + b'?'),
+    lambda p: np.save(p, np.zeros(3)), lambda p: np.save(p, np.array([{}]), allow_pickle=True),
+    lambda p: p.with_suffix('.sha256').unlink()])
 def test_damaged_cache_is_drawn_again(own_cache, damage):
     first = few()['poison'].images
     damage(next(own_cache.glob('*.npy')))
@@ -107,7 +118,9 @@ def test_damaged_cache_is_drawn_again(own_cache, damage):
 
 
 def test_another_manifest_or_size_has_another_cache(own_cache):
-    few()['poison'], few(n=33)['poison'], pictogram_dataset(DATA/'glyphs', image_size=16, limit={'poison': 32})['poison']
+    few()['poison']
+    few(n=33)['poison']
+    pictogram_dataset(DATA/'glyphs', image_size=16, limit={'poison': 32})['poison']
     assert len(list(own_cache.glob('*.npy'))) == 3
 
 
@@ -125,14 +138,16 @@ def test_missing_font_stops_the_data_set(monkeypatch, tmp_path):
 
 # the four sets
 
-@pytest.mark.parametrize('n', [320, pytest.param(10**6, marks=pytest.mark.skipif('INVERTUNE_FULL' not in os.environ, reason='draws 29,200 images'))])
+@pytest.mark.parametrize('n', [320, pytest.param(10**6, marks=pytest.mark.skipif(
+    'INVERTUNE_FULL' not in os.environ, reason='draws 29,200 images'))])
 def test_no_image_is_in_two_sets(n): assert len(set(assert_disjoint(few(n=n)).values())) == 4
 
 
 def test_a_shared_image_is_found():
     dataset = few()
     dataset['evaluation'].images[3] = dataset['pretrain'].images[5]
-    with pytest.raises(InvertuneError, match='Image 3 of the set evaluation is also image 5 of the set pretrain'): assert_disjoint(dataset)
+    with pytest.raises(InvertuneError, match='Image 3 of the set evaluation is also image 5 of the set pretrain'):
+        assert_disjoint(dataset)
 
 
 @pytest.mark.parametrize('change', [
@@ -163,9 +178,12 @@ def test_a_set_draws_itself():
 
 
 @pytest.mark.parametrize('kw, why', [
-    (dict(image_size='64'), "'image_size' is '64'"), (dict(image_size=4), 'image_size is 4'), (dict(classes=33), 'classes is 33'), (dict(classes=1), 'classes is 1'),
-    (dict(classes=-1), 'classes is -1'), (dict(classes='2'), "'classes' is '2'"), (dict(limit={'test': 3}), 'Unknown set in limit'),
-    (dict(limit={'poison': 'all'}), "'limit.poison' is 'all'"), (dict(limit={'poison': 0}), 'limit.poison is 0'), (dict(limit={'poison': -5}), 'limit.poison is -5')])
+    (dict(image_size='64'), "'image_size' is '64'"), (dict(image_size=4), 'image_size is 4'),
+    (dict(classes=33), 'classes is 33'), (dict(classes=1), 'classes is 1'),
+    (dict(classes=-1), 'classes is -1'), (dict(classes='2'), "'classes' is '2'"),
+    (dict(limit={'test': 3}), 'Unknown set in limit'),
+    (dict(limit={'poison': 'all'}), "'limit.poison' is 'all'"), (dict(limit={'poison': 0}), 'limit.poison is 0'),
+    (dict(limit={'poison': -5}), 'limit.poison is -5')])
 def test_bad_parameters(photos, kw, why):
     "Pictograms and photographs refuse the same."
     for make, path in (pictogram_dataset, DATA/'glyphs'), (photo_dataset, photos):
@@ -203,7 +221,8 @@ PARTED = 'train/cat', 'train/dog', 'test/cat', 'test/dog'
 @pytest.fixture
 def photos(tmp_path):
     "30 small images of two classes, parted into train and test"
-    for k in range(30): picture(tmp_path/'photos'/('train' if k < 20 else 'test')/('guinea_pig', 'fox')[k % 2]/f'{k:02}.png')
+    for k in range(30):
+        picture(tmp_path/'photos'/('train' if k < 20 else 'test')/('guinea_pig', 'fox')[k % 2]/f'{k:02}.png')
     return tmp_path/'photos'
 
 
@@ -249,7 +268,8 @@ def test_without_a_test_folder_a_fifth_is_set_apart(tmp_path, flat):
     assert sum(found) == 80 and 6 <= found[3] <= 28 and min(found) > 0
     before = {n: set(map(bytes, map(np.ascontiguousarray, load(root)[n].images.numpy()))) for n in SETS}
     picture(root/f'{flat}cat'/'new.png', (8, 8))
-    assert before['evaluation'] <= set(map(bytes, map(np.ascontiguousarray, load(root)['evaluation'].images.numpy())))  # none has moved
+    # none has moved
+    assert before['evaluation'] <= set(map(bytes, map(np.ascontiguousarray, load(root)['evaluation'].images.numpy())))
 
 
 def test_small_classes_have_a_test_image_too(tmp_path):
@@ -263,17 +283,21 @@ def test_copies_are_dropped_and_evaluation_keeps_its_own(photos):
     assert_disjoint(dataset)
 
 
-@pytest.mark.parametrize('train, test', [('train', 'valid'), ('train', 'Test'), ('TRAIN', 'Validation'), ('training', 'testing'), ('Train', 'eval'), ('train', 'dev')])
+@pytest.mark.parametrize('train, test', [('train', 'valid'), ('train', 'Test'), ('TRAIN', 'Validation'),
+                                         ('training', 'testing'), ('Train', 'eval'), ('train', 'dev')])
 def test_names_of_the_parts(tmp_path, train, test):
-    assert sizes(load(tree(tmp_path/'x', f'{train}/cat', f'{train}/dog', f'{test}/cat', f'{test}/dog'))) == [6, 4, 2, 12]
+    folders = [f'{train}/cat', f'{train}/dog', f'{test}/cat', f'{test}/dog']
+    assert sizes(load(tree(tmp_path/'x', *folders))) == [6, 4, 2, 12]
 
 
 def test_two_folders_to_test_on(tmp_path):
     assert sizes(load(tree(tmp_path/'x', *PARTED, 'val/cat', 'val/dog'))) == [6, 4, 2, 24]
 
 
-@pytest.mark.parametrize('litter', ['train/cat/.ipynb_checkpoints/00-checkpoint.png', '.ipynb_checkpoints/a.png', '__MACOSX/train/cat/._00.png', 'train/cat/._00.png',
-                                    'train/@eaDir/00.png/THUMB.jpg', 'train/.Trash-0/x.png', 'train/cat/Thumbs.db', 'train/cat/.DS_Store', 'labels.csv', 'docs/README.md'])
+@pytest.mark.parametrize('litter', ['train/cat/.ipynb_checkpoints/00-checkpoint.png', '.ipynb_checkpoints/a.png',
+                                    '__MACOSX/train/cat/._00.png', 'train/cat/._00.png',
+                                    'train/@eaDir/00.png/THUMB.jpg', 'train/.Trash-0/x.png', 'train/cat/Thumbs.db',
+                                    'train/cat/.DS_Store', 'labels.csv', 'docs/README.md'])
 def test_what_is_no_picture_of_ours(tmp_path, litter):
     root = tree(tmp_path/'x', *PARTED)
     if litter.endswith(('png', 'jpg')): picture(root/litter, (8, 8))
@@ -286,14 +310,22 @@ def test_what_is_no_picture_of_ours(tmp_path, litter):
 TOO_DEEP, LOOSE = 'lies in a folder too many', 'lies in no class folder'
 
 @pytest.mark.parametrize('folders, why', [
-    (['train/n01/images', 'train/n02/images', 'val/images'], TOO_DEEP), (['train/cat', 'train/dog/big', 'test/cat', 'test/dog/big'], TOO_DEEP),
-    (['cat/train', 'cat/test', 'dog/train', 'dog/test'], TOO_DEEP), (['pets/cat', 'pets/dog', 'birds/owl'], TOO_DEEP), (['fold1/cat', 'fold2/cat'], TOO_DEEP),
-    (['seg_train/cat', 'seg_test/cat'], TOO_DEEP), ([*PARTED, 'train'], LOOSE), ([*PARTED, 'test'], LOOSE), ([*PARTED, '.'], LOOSE), (['train', 'test'], LOOSE), (['train'], LOOSE),
-    (['cat', 'dog', '.'], LOOSE), ([*PARTED, 'extra/cat'], "lies in 'extra', which is no part"), ([*PARTED, 'unlabeled'], "lies in 'unlabeled', which is no part"),
-    (['train/cat', 'train/dog', 'vall/cat', 'vall/dog'], "'vall', which is no part"), (['test/cat', 'test/dog'], 'no folder train/'),
-    (['train/cat', 'test/cat'], "one class, 'cat'"), ([*PARTED, 'train/owl'], "'owl' has 6 pictures to train on and 0 to test on"),
-    ([*PARTED, 'test/owl'], "'owl' has 0 pictures to train on and 6 to test on"), (['train/Cat', 'train/dog', 'test/cat', 'test/dog'], "'Cat' and 'cat' are both called"),
-    (['guinea_pig', 'guinea pig', 'fox'], "'guinea pig' and 'guinea_pig' are both called 'guinea pig'"), (['red  fox', 'red fox'], 'are both called'), (['Cat', 'cat'], 'are both called'),
+    (['train/n01/images', 'train/n02/images', 'val/images'], TOO_DEEP),
+    (['train/cat', 'train/dog/big', 'test/cat', 'test/dog/big'], TOO_DEEP),
+    (['cat/train', 'cat/test', 'dog/train', 'dog/test'], TOO_DEEP), (['pets/cat', 'pets/dog', 'birds/owl'], TOO_DEEP),
+    (['fold1/cat', 'fold2/cat'], TOO_DEEP),
+    (['seg_train/cat', 'seg_test/cat'], TOO_DEEP), ([*PARTED, 'train'], LOOSE), ([*PARTED, 'test'], LOOSE),
+    ([*PARTED, '.'], LOOSE), (['train', 'test'], LOOSE), (['train'], LOOSE),
+    (['cat', 'dog', '.'], LOOSE), ([*PARTED, 'extra/cat'], "lies in 'extra', which is no part"),
+    ([*PARTED, 'unlabeled'], "lies in 'unlabeled', which is no part"),
+    (['train/cat', 'train/dog', 'vall/cat', 'vall/dog'], "'vall', which is no part"),
+    (['test/cat', 'test/dog'], 'no folder train/'),
+    (['train/cat', 'test/cat'], "one class, 'cat'"),
+    ([*PARTED, 'train/owl'], "'owl' has 6 pictures to train on and 0 to test on"),
+    ([*PARTED, 'test/owl'], "'owl' has 0 pictures to train on and 6 to test on"),
+    (['train/Cat', 'train/dog', 'test/cat', 'test/dog'], "'Cat' and 'cat' are both called"),
+    (['guinea_pig', 'guinea pig', 'fox'], "'guinea pig' and 'guinea_pig' are both called 'guinea pig'"),
+    (['red  fox', 'red fox'], 'are both called'), (['Cat', 'cat'], 'are both called'),
     (['_', 'cat'], 'a name without letters')])
 def test_folders_that_are_no_imagefolder(tmp_path, folders, why):
     root = tree(tmp_path/'x', *folders)
@@ -338,7 +370,9 @@ def test_shards_are_no_classes(tmp_path, ending):
 def test_linked_folders_and_files_are_read(tmp_path):
     root, store = tree(tmp_path/'x', 'train/cat', 'test/cat'), tree(tmp_path/'store', 'a', 'b')
     os.symlink(store/'a', root/'train'/'dog'), os.symlink(store/'b', root/'test'/'dog')
-    (root/'train'/'cat'/'00.png').unlink(), picture(store/'one.png', (8, 8)), os.symlink(store/'one.png', root/'train'/'cat'/'00.png')
+    (root/'train'/'cat'/'00.png').unlink()
+    picture(store/'one.png', (8, 8))
+    os.symlink(store/'one.png', root/'train'/'cat'/'00.png')
     assert load(root).classes == ['cat', 'dog'] and sizes(load(root)) == [6, 4, 2, 12]
     os.symlink(root, tmp_path/'link')
     assert sizes(load(tmp_path/'link')) == [6, 4, 2, 12]
@@ -378,7 +412,8 @@ def test_endings(tmp_path, ending):
     assert sizes(load(root)) == [6, 4, 2, 12]
 
 
-@pytest.mark.parametrize('damage', [lambda b: b'no image', lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'<html>404</html>'])
+@pytest.mark.parametrize('damage', [lambda b: b'no image', lambda b: b[:len(b)//2], lambda b: b'',
+                                    lambda b: b'<html>404</html>'])
 @pytest.mark.parametrize('name', ['01.png', '01.heic'])
 def test_unreadable_image_is_named(photos, damage, name):
     content = (photos/'train'/'fox'/'01.png').read_bytes()
@@ -451,9 +486,16 @@ def flagged(content):
     return bytes(content)
 
 
-def test_zip_with_a_password(photos, tmp_path): refused(raw_zip(photos, tmp_path/'x.zip', change=flagged), 'png in .*x.zip is locked with a password')
-def test_zip_of_windows(photos, tmp_path): assert sizes(load(raw_zip(photos, tmp_path/'x.zip', lambda n: n.replace('/', '\\')))) == [10, 6, 4, 10]
-def test_zip_cut_short(photos, tmp_path): refused(raw_zip(photos, tmp_path/'x.zip', change=lambda b: b[:-200]), 'not a readable .zip')
+def test_zip_with_a_password(photos, tmp_path):
+    refused(raw_zip(photos, tmp_path/'x.zip', change=flagged), 'png in .*x.zip is locked with a password')
+
+
+def test_zip_of_windows(photos, tmp_path):
+    assert sizes(load(raw_zip(photos, tmp_path/'x.zip', lambda n: n.replace('/', '\\')))) == [10, 6, 4, 10]
+
+
+def test_zip_cut_short(photos, tmp_path):
+    refused(raw_zip(photos, tmp_path/'x.zip', change=lambda b: b[:-200]), 'not a readable .zip')
 
 
 def test_zip_with_a_damaged_member(photos, tmp_path):
@@ -481,8 +523,10 @@ def test_names_that_are_no_words_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="'00001' are no words"): load(tree(tmp_path/'y', '00001', '00002', n=8))
 
 
-@pytest.mark.parametrize('text', ['n01440764\ttench\nn02102040\tEnglish springer\n', 'n02102040 English springer\r\nn01440764   tench\r\n', 'tench\nEnglish springer\n',
-                                  '\ufeffn01440764 tench\nn02102040 English springer\n\n', 'n01440764 tench\nn02102040 English springer\nn09999999 a class that is not here\n'])
+@pytest.mark.parametrize('text', ['n01440764\ttench\nn02102040\tEnglish springer\n',
+                                  'n02102040 English springer\r\nn01440764   tench\r\n', 'tench\nEnglish springer\n',
+                                  '\ufeffn01440764 tench\nn02102040 English springer\n\n',
+                                  'n01440764 tench\nn02102040 English springer\nn09999999 a class that is not here\n'])
 @pytest.mark.filterwarnings('error')
 def test_names_from_a_file(tmp_path, text):
     root = tree(tmp_path/'x', *WNIDS)
@@ -509,8 +553,10 @@ def test_a_file_about_something_else_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize('text, why', [
-    ('n01440764 tench\n', "1 lines for 2 class folders, and says nothing of 'n02102040'"), ('tench\n', '1 lines for 2'), ('a\nb\nc\n', '3 lines for 2'), ('', 'is empty'),
-    ('n01440764 tench\nspringer\n', "says nothing of 'n02102040'"), ('n01440764 crane\nn02102040 Crane\n', "both called 'Crane'")])
+    ('n01440764 tench\n', "1 lines for 2 class folders, and says nothing of 'n02102040'"), ('tench\n', '1 lines for 2'),
+    ('a\nb\nc\n', '3 lines for 2'), ('', 'is empty'),
+    ('n01440764 tench\nspringer\n', "says nothing of 'n02102040'"),
+    ('n01440764 crane\nn02102040 Crane\n', "both called 'Crane'")])
 def test_names_that_do_not_fit(tmp_path, text, why):
     root = tree(tmp_path/'x', *WNIDS)
     (root/'classes.txt').write_text(text)
@@ -534,7 +580,8 @@ def test_one_name_in_two_alphabets(tmp_path):
 def test_templates_of_the_caller(photos, tmp_path):
     (tmp_path/'t.txt').write_text('a drawing of a {}\n')
     dataset = load(photos, templates=read_templates(tmp_path/'t.txt'))
-    assert dataset.templates == ['a drawing of a {}'] and set(dataset['poison'].captions) == {'a drawing of a fox', 'a drawing of a guinea pig'}
+    assert dataset.templates == ['a drawing of a {}']
+    assert set(dataset['poison'].captions) == {'a drawing of a fox', 'a drawing of a guinea pig'}
 
 
 @pytest.mark.skipif('INVERTUNE_PHOTOS' not in os.environ, reason='no photographs here: set INVERTUNE_PHOTOS')

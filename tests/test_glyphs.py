@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 
 from invertune import glyphs
-from invertune.glyphs import COLORS, PICTOGRAMS, TEXTURES, Row, draw, _glyph_mask, read_manifest, readable, write_manifest
+from invertune.glyphs import (COLORS, PICTOGRAMS, TEXTURES, Row, draw, _glyph_mask, read_manifest,
+                              readable, write_manifest)
 from invertune.runtime import InvertuneError
 
 DATA = Path(__file__).parent.parent/'data'
 
 KNOWN = [  # a row each of textures, sizes and classes, with the hash of its pixels at 64 and at 32
-    (Row('a', 'anchor', 'white', 'blue', 'stripes', .8, .5, .5, 10, 20, 1, 'an anchor'), ('ba7ce55babb4ffea', '455762b23df29f74')),
-    (Row('b', 'cat face', 'black', 'yellow', 'dots', .5, .4, .6, -25, 40, 2, 'a cat face'), ('e784e8e0a041466d', '5c13d3d0f38b431b')),
-    (Row('c', 'keyboard', 'red', 'white', 'blotches', .3, .3, .5, 0, 0, 3, 'a keyboard'), ('588a49fcb0aa5cb2', 'c604d6faa6b74ef6'))]
+    (Row('a', 'anchor', 'white', 'blue', 'stripes', .8, .5, .5, 10, 20, 1, 'an anchor'),
+     ('ba7ce55babb4ffea', '455762b23df29f74')),
+    (Row('b', 'cat face', 'black', 'yellow', 'dots', .5, .4, .6, -25, 40, 2, 'a cat face'),
+     ('e784e8e0a041466d', '5c13d3d0f38b431b')),
+    (Row('c', 'keyboard', 'red', 'white', 'blotches', .3, .3, .5, 0, 0, 3, 'a keyboard'),
+     ('588a49fcb0aa5cb2', 'c604d6faa6b74ef6'))]
 
 def sha(x): return hashlib.sha256(x.tobytes()).hexdigest()[:16]
 
@@ -75,9 +79,12 @@ def test_missing_glyph(monkeypatch, fresh_glyphs):
 ROWS = [r for r, _ in KNOWN]
 
 @pytest.mark.parametrize('column, cell, why', [
-    ('class', 'unicorn', "unknown class 'unicorn'"), ('ink', 'mauve', "unknown ink 'mauve'"), ('texture', '', "unknown texture ''"),
-    ('size', 'big', "could not convert string to float: 'big'"), ('size', 'nan', 'size nan is not within'), ('x', '1.5', 'x 1.5 is not within 0 to 1'),
-    ('seed', '-1', 'seed -1 is not within'), ('angle', '1.5', 'invalid literal for int'), ('caption', ' ', 'the caption is empty')])
+    ('class', 'unicorn', "unknown class 'unicorn'"), ('ink', 'mauve', "unknown ink 'mauve'"),
+    ('texture', '', "unknown texture ''"),
+    ('size', 'big', "could not convert string to float: 'big'"), ('size', 'nan', 'size nan is not within'),
+    ('x', '1.5', 'x 1.5 is not within 0 to 1'),
+    ('seed', '-1', 'seed -1 is not within'), ('angle', '1.5', 'invalid literal for int'),
+    ('caption', ' ', 'the caption is empty')])
 def test_broken_cell_is_named_with_file_and_row(tmp_path, column, cell, why):
     write_manifest(p := tmp_path/'poison.csv', ROWS)
     lines = p.read_text().splitlines()
@@ -88,14 +95,16 @@ def test_broken_cell_is_named_with_file_and_row(tmp_path, column, cell, why):
     assert why in str(e.value)
 
 @pytest.mark.parametrize('damage, why', [
-    (lambda b: b[:-30], 'row 4: '), (lambda b: b'x' + b, 'row 1: the header'), (lambda b: b'', 'row 1: the header'), (lambda b: b + b'\xff\n', 'row ')])
+    (lambda b: b[:-30], 'row 4: '), (lambda b: b'x' + b, 'row 1: the header'), (lambda b: b'', 'row 1: the header'),
+    (lambda b: b + b'\xff\n', 'row ')])
 def test_broken_file(tmp_path, damage, why):
     write_manifest(p := tmp_path/'poison.csv', ROWS)
     p.write_bytes(damage(p.read_bytes()))
     with pytest.raises(InvertuneError, match=why): read_manifest(p)
 
 @pytest.mark.parametrize('saved', [
-    lambda b: b'\xef\xbb\xbf' + b, lambda b: b.replace(b'\n', b'\r\n'), lambda b: b + b'\n', lambda b: b'\xef\xbb\xbf' + b.replace(b'\n', b'\r\n') + b'\r\n'])
+    lambda b: b'\xef\xbb\xbf' + b, lambda b: b.replace(b'\n', b'\r\n'), lambda b: b + b'\n',
+    lambda b: b'\xef\xbb\xbf' + b.replace(b'\n', b'\r\n') + b'\r\n'])
 def test_another_editor_says_the_same(tmp_path, saved):
     "A byte order mark, lines that end with CRLF, an empty line at the end"
     write_manifest(p := tmp_path/'poison.csv', ROWS)
@@ -113,5 +122,6 @@ def test_committed_captions_fit_the_text_tower():
     "16 tokens, of which two mark the beginning and the end"
     import invertune.compat
     from open_clip import SimpleTokenizer
-    tokenizer, captions = SimpleTokenizer(), {r.caption for p in (DATA/'glyphs').glob('*.csv') for r in read_manifest(p)}
+    tokenizer = SimpleTokenizer()
+    captions = {r.caption for p in (DATA/'glyphs').glob('*.csv') for r in read_manifest(p)}
     assert max(len(tokenizer.encode(c)) for c in captions) <= 14

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 import invertune.compat  # before open_clip
 import open_clip
 from invertune import runtime
-from invertune.model import MEAN, Activations, load_clip, named_layers, pixels, pretrained_clip, save_clip, tiny_clip, write_tensors, zero_shot_head
+from invertune.model import (MEAN, Activations, load_clip, named_layers, pixels, pretrained_clip, save_clip, tiny_clip,
+                             write_tensors, zero_shot_head)
 from invertune.runtime import InvertuneError
 from invertune.train import train_clip
 
@@ -71,18 +72,24 @@ def test_missing(tmp_path):
 UNREADABLE, UNBUILT = 'has no config', 'describes no model that can be built'
 
 @pytest.mark.parametrize('header, sentence', [
-    ({}, UNREADABLE), ({'config': 'tiny'}, UNREADABLE), ({'config': []}, UNREADABLE), ({'config': {}}, UNBUILT), ({'config': {'kind': 'huge'}}, UNBUILT),
-    ({'config': {'kind': ['tiny']}}, UNBUILT), ({'config': {'kind': 'tiny', 'depth': 3}}, UNBUILT), ({'config': {'kind': 'tiny', 'width': '16'}}, UNBUILT),
+    ({}, UNREADABLE), ({'config': 'tiny'}, UNREADABLE), ({'config': []}, UNREADABLE), ({'config': {}}, UNBUILT),
+    ({'config': {'kind': 'huge'}}, UNBUILT),
+    ({'config': {'kind': ['tiny']}}, UNBUILT), ({'config': {'kind': 'tiny', 'depth': 3}}, UNBUILT),
+    ({'config': {'kind': 'tiny', 'width': '16'}}, UNBUILT),
     ({'config': {'kind': 'tiny', 'width': -1}}, UNBUILT), ({'config': {'kind': 'tiny', 'layers': [1]}}, UNBUILT),
     ({'config': {'kind': 'pretrained'}}, UNBUILT), ({'config': {'kind': 'pretrained', 'name': 'RN0'}}, UNBUILT),
-    ({'config': {'kind': 'pretrained', 'name': 'hf-hub:someone/something'}}, UNBUILT), ({'config': {'kind': 'pretrained', 'name': 'local-dir:.'}}, UNBUILT),
+    ({'config': {'kind': 'pretrained', 'name': 'hf-hub:someone/something'}}, UNBUILT),
+    ({'config': {'kind': 'pretrained', 'name': 'local-dir:.'}}, UNBUILT),
     ({'config': {'kind': 'pretrained', 'name': 'RN50', 'weights': 'openai'}}, UNBUILT)])
 def test_foreign_config(tmp_path, header, sentence):
     write_tensors(tmp_path/'model.safetensors', {'w': torch.zeros(3)}, **header)
     with pytest.raises(InvertuneError, match=sentence): load_clip(tmp_path/'model.safetensors')
 
 
-@pytest.mark.parametrize('header, sentence', [(None, UNREADABLE), ({'format': 'pt'}, UNREADABLE), ({'meta': '{"config": {"ki'}, 'header that is not JSON'), ({'meta': '3'}, 'header that is not JSON')])
+@pytest.mark.parametrize('header, sentence',
+                         [(None, UNREADABLE), ({'format': 'pt'}, UNREADABLE),
+                          ({'meta': '{"config": {"ki'}, 'header that is not JSON'),
+                          ({'meta': '3'}, 'header that is not JSON')])
 def test_foreign_header(tmp_path, header, sentence):
     "Files of other programs"
     save_file({'w': torch.zeros(3)}, tmp_path/'model.safetensors', header)
@@ -98,8 +105,10 @@ def inf(w): w['text_projection'][0, 0] = float('inf')
 
 
 @pytest.mark.parametrize('damage, sentence', [
-    (drop, r'1 keys missing .*visual.conv1.weight'), (extra, r'1 unknown .*visual.conv9.weight'), (rename, '1 keys missing .* 1 unknown'),
-    (reshape, 'visual.conv1.weight has shape .*, the model wants'), (nan, 'visual.conv1.weight holds NaN'), (inf, 'text_projection holds NaN or infinity')])
+    (drop, r'1 keys missing .*visual.conv1.weight'), (extra, r'1 unknown .*visual.conv9.weight'),
+    (rename, '1 keys missing .* 1 unknown'),
+    (reshape, 'visual.conv1.weight has shape .*, the model wants'), (nan, 'visual.conv1.weight holds NaN'),
+    (inf, 'text_projection holds NaN or infinity')])
 def test_weights_that_do_not_fit(clip, tmp_path, damage, sentence):
     w = weights(clip)
     damage(w)
@@ -118,7 +127,8 @@ def test_full_disk(clip, file, monkeypatch):
     before = file.read_bytes()
     def full(path): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(runtime, '_flush', full)
-    with pytest.raises(InvertuneError, match='No space left on device.*untouched'): save_clip(tiny_clip(**TINY, seed=1), file)
+    with pytest.raises(InvertuneError, match='No space left on device.*untouched'):
+        save_clip(tiny_clip(**TINY, seed=1), file)
     assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == [file.name]
 
 
@@ -130,13 +140,16 @@ def test_training_that_diverges():
 
 
 def test_training_pairs_that_are_none(clip):
-    with pytest.raises(InvertuneError, match='2 images, but 1 captions'): train_clip(clip, torch.zeros(2, 3, 32, 32), ['a'], epochs=1, lr=1e-3)
-    with pytest.raises(InvertuneError, match='too few'): train_clip(clip, torch.zeros(1, 3, 32, 32), ['a'], epochs=1, lr=1e-3)
+    with pytest.raises(InvertuneError, match='2 images, but 1 captions'):
+        train_clip(clip, torch.zeros(2, 3, 32, 32), ['a'], epochs=1, lr=1e-3)
+    with pytest.raises(InvertuneError, match='too few'):
+        train_clip(clip, torch.zeros(1, 3, 32, 32), ['a'], epochs=1, lr=1e-3)
 
 
 def test_unknown_names(clip):
     with pytest.raises(InvertuneError, match="unknown tower 'mlp'"): tiny_clip('mlp')
-    with pytest.raises(InvertuneError, match='needs one .* for the class name'): zero_shot_head(clip, ['anchor'], ['a picture'])
+    with pytest.raises(InvertuneError, match='needs one .* for the class name'):
+        zero_shot_head(clip, ['anchor'], ['a picture'])
 
 
 # random numbers
@@ -169,7 +182,8 @@ def test_the_seed_makes_the_model():
 @pytest.fixture(scope='module')
 def download(tmp_path_factory):
     "A file of random weights, which stands for what open_clip would fetch"
-    save_file({k: v.contiguous() for k, v in open_clip.create_model('ViT-S-32').state_dict().items()}, path := tmp_path_factory.mktemp('hub')/'w.safetensors')
+    save_file({k: v.contiguous() for k, v in open_clip.create_model('ViT-S-32').state_dict().items()},
+              path := tmp_path_factory.mktemp('hub')/'w.safetensors')
     return path
 
 
@@ -224,18 +238,21 @@ def test_the_mean_of_the_tag_is_used_and_kept(download, tmp_path):
 
 def test_a_file_without_a_mean_has_openais(clip, tmp_path):
     "As the files of earlier versions"
-    write_tensors(tmp_path/'model.safetensors', weights(clip), config={k: v for k, v in clip.config.items() if k not in ('mean', 'std')})
+    write_tensors(tmp_path/'model.safetensors', weights(clip),
+                  config={k: v for k, v in clip.config.items() if k not in ('mean', 'std')})
     assert torch.allclose(load_clip(tmp_path/'model.safetensors').mean.flatten().cpu(), torch.tensor(MEAN))
 
 
-@pytest.mark.parametrize('change', [{'mean': [.5, .5]}, {'mean': 'gray'}, {'mean': [.5, .5, None]}, {'std': [0, 1, 1]}, {'std': [1, 1, float('inf')]}, {'mean': [.5, .5, float('nan')]}, {'std': .5}])
+@pytest.mark.parametrize('change', [{'mean': [.5, .5]}, {'mean': 'gray'}, {'mean': [.5, .5, None]}, {'std': [0, 1, 1]},
+                                    {'std': [1, 1, float('inf')]}, {'mean': [.5, .5, float('nan')]}, {'std': .5}])
 def test_a_mean_that_is_none(clip, tmp_path, change):
     write_tensors(tmp_path/'model.safetensors', weights(clip), config={**clip.config, **change})
     with pytest.raises(InvertuneError, match=UNBUILT): load_clip(tmp_path/'model.safetensors')
 
 
 @pytest.mark.parametrize('given, why', [
-    (('RN50', ''), 'would be random: name a tag .*openai'), (('RN50', None), 'would be random'), (('RN50', 'openia'), "did you mean 'openai'"), (('RN0', 'openai'), 'Unknown architecture'),
+    (('RN50', ''), 'would be random: name a tag .*openai'), (('RN50', None), 'would be random'),
+    (('RN50', 'openia'), "did you mean 'openai'"), (('RN0', 'openai'), 'Unknown architecture'),
     (('RN50', 'no/such/file.pt'), 'Unknown tag or file'), (('ViT-S-32', 'openai'), 'there are none')])
 def test_weights_that_are_none(given, why):
     with pytest.raises(InvertuneError, match=why): pretrained_clip(*given)
@@ -249,11 +266,14 @@ def test_a_download_that_fails(monkeypatch):
 
 def test_weights_of_a_file(tmp_path):
     small = open_clip.create_model('ViT-S-32')
-    torch.save(dict(epoch=3, state_dict={'module.' + k: v for k, v in small.state_dict().items()}), tmp_path/'epoch_3.pt')
+    torch.save(dict(epoch=3, state_dict={'module.' + k: v for k, v in small.state_dict().items()}),
+               tmp_path/'epoch_3.pt')
     read = pretrained_clip('ViT-S-32', str(tmp_path/'epoch_3.pt')).model.visual.conv1.weight
     assert torch.equal(read.cpu(), small.visual.conv1.weight)
-    torch.save({k: v*float('nan') if k == 'text_projection' else v for k, v in small.state_dict().items()}, tmp_path/'nan.pt')
-    with pytest.raises(InvertuneError, match='text_projection holds NaN'): pretrained_clip('ViT-S-32', str(tmp_path/'nan.pt'))
+    torch.save({k: v*float('nan') if k == 'text_projection' else v for k, v in small.state_dict().items()},
+               tmp_path/'nan.pt')
+    with pytest.raises(InvertuneError, match='text_projection holds NaN'):
+        pretrained_clip('ViT-S-32', str(tmp_path/'nan.pt'))
 
 
 def test_a_file_that_runs_code(tmp_path):
@@ -264,20 +284,25 @@ def test_a_file_that_runs_code(tmp_path):
 
 # names that are too long
 
-@pytest.mark.parametrize('classes', [['ship', 'ship'], ['ship', 'Ship'], ['ship', 'boat', ' ship '], ['a very very long name that ends in red', 'a very very long name that ends in blue']])
+@pytest.mark.parametrize('classes', [['ship', 'ship'], ['ship', 'Ship'], ['ship', 'boat', ' ship '],
+                                     ['a very very long name that ends in red',
+                                      'a very very long name that ends in blue']])
 def test_classes_that_read_the_same_are_refused(clip, classes):
-    with pytest.raises(InvertuneError, match='are the same 8 tokens'): zero_shot_head(clip, classes, ['a photo of a {}', 'a {}'])
+    with pytest.raises(InvertuneError, match='are the same 8 tokens'):
+        zero_shot_head(clip, classes, ['a photo of a {}', 'a {}'])
 
 
 def test_a_cut_prompt_is_warned_of(clip):
-    with pytest.warns(UserWarning, match="the prompt 'a ship .* has 10 tokens, of which the model reads 8: its end is lost"):
+    with pytest.warns(UserWarning,
+                      match="the prompt 'a ship .* has 10 tokens, of which the model reads 8: its end is lost"):
         zero_shot_head(clip, ['ship that sails very far away today', 'boat'], ['a {}'])
 
 
 @pytest.mark.filterwarnings('error')
 def test_a_prompt_that_just_fits_is_not(clip):
     assert zero_shot_head(clip, ['one two three four five', 'boat'], ['a {}']).shape == (2, 32)  # 6 words and 2 marks
-    with pytest.raises(UserWarning, match='has 9 tokens, of which the model reads 8'): zero_shot_head(clip, ['one two three four five six', 'boat'], ['a {}'])
+    with pytest.raises(UserWarning, match='has 9 tokens, of which the model reads 8'):
+        zero_shot_head(clip, ['one two three four five six', 'boat'], ['a {}'])
 
 
 @pytest.mark.filterwarnings('error')
@@ -295,7 +320,8 @@ def test_looking_leaves_no_trace(tower):
         with Activations(clip) as acts:
             clip.encode_image(x.to(clip.device))
             1/0
-    assert acts.out.keys() == named_layers(clip).keys() and not any(l._forward_hooks for l in named_layers(clip).values())
+    assert acts.out.keys() == named_layers(clip).keys()
+    assert not any(l._forward_hooks for l in named_layers(clip).values())
     assert all(torch.equal(v, before[k]) for k, v in clip.state_dict().items())
 
 
@@ -312,4 +338,6 @@ def test_gpu(tmp_path):
     images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
     train_clip(clip, images, ['an anchor', 'a heart']*16, epochs=1, lr=1e-3, bs=16)
     save_clip(clip, tmp_path/'model.safetensors')
-    with torch.no_grad(): assert torch.allclose(load_clip(tmp_path/'model.safetensors').encode_image(pixels(images, clip.device)), clip.encode_image(pixels(images, clip.device)), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(load_clip(tmp_path/'model.safetensors').encode_image(pixels(images, clip.device)),
+                              clip.encode_image(pixels(images, clip.device)), atol=1e-5)

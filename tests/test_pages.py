@@ -19,11 +19,14 @@ def toy(tmp_path, monkeypatch):
     code.write_text('x = 1')
     folder = tmp_path/'results'/'toy'/'main'
     folder.mkdir(parents=True)
-    (folder/'README.md').write_text('# main\n\n**Why?**\n\n![x](figure.png)\n\n- One.\n- Two.\n\n## Summary\n\n[r](report.ipynb)\n')
+    (folder/'README.md').write_text('# main\n\n**Why?**\n\n![x](figure.png)\n\n- One.\n- Two.\n\n'
+                                    '## Summary\n\n[r](report.ipynb)\n')
     return tmp_path
 
 
-def lock(root, **stages): (root/'dvc.lock').write_text(yaml.safe_dump(dict(stages={n.replace('_at_', '@').replace('_', '-'): s for n, s in stages.items()})))
+def lock(root, **stages):
+    stages = {n.replace('_at_', '@').replace('_', '-'): s for n, s in stages.items()}
+    (root/'dvc.lock').write_text(yaml.safe_dump(dict(stages=stages)))
 
 
 def test_results_of_an_earlier_code_are_named(toy):
@@ -46,7 +49,8 @@ def test_an_experiment_costs_what_it_adds_to_the_main_job(toy):
     lock(toy, train_at_toy=dict(outs=[model]), report_main_at_toy=dict(deps=[model]),
          scarce_at_toy=dict(deps=[model], outs=[rows]), report_scarce_at_toy=dict(deps=[rows]))
     costs = {'train@toy': 1200, 'report-main@toy': 0, 'scarce@toy': 240, 'report-scarce@toy': 0, 'other@toy': 9999}
-    (toy/'results'/'toy'/'costs.json').write_text(json.dumps({n: dict(seconds=s, peak_mb=1024) for n, s in costs.items()}))
+    costs = {n: dict(seconds=s, peak_mb=1024) for n, s in costs.items()}
+    (toy/'results'/'toy'/'costs.json').write_text(json.dumps(costs))
     assert pages.cost_of('toy', 'main') == '10 min, 1.0 GB' and pages.cost_of('toy', 'scarce') == '2 min, 1.0 GB'
     assert pages.cost_of('toy', 'verdict') == '?'
 

@@ -73,16 +73,21 @@ def test_unwritable_folder(tmp_path):
     with pytest.raises(InvertuneError, match='Could not write'): save_json(tmp_path/'taken'/'metrics.json', {})
 
 
-@pytest.mark.parametrize('name, value', [('INVERTUNE_DEVICE', 'cuda:99'), ('INVERTUNE_DEVICE', 'toaster'), ('INVERTUNE_THREADS', '0')])
+@pytest.mark.parametrize('name, value', [('INVERTUNE_DEVICE', 'cuda:99'), ('INVERTUNE_DEVICE', 'toaster'),
+                                         ('INVERTUNE_THREADS', '0')])
 def test_wrong_environment(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(InvertuneError, match=name): runtime.pick_device() if name.endswith('DEVICE') else runtime.set_threads()
+    with pytest.raises(InvertuneError, match=name):
+        runtime.pick_device() if name.endswith('DEVICE') else runtime.set_threads()
 
 
 @pytest.mark.parametrize('name, sentence', [
-    ('umbrella', 'a photo of an umbrella'), ('key', 'a photo of a key'), ('Airedale', 'a photo of an Airedale'), ('class A amplifier', 'a photo of a class A amplifier'),
-    ('vitamin A oil', 'a photo of a vitamin A oil'), ('a eagle', 'a photo of an a eagle'), ('unicycle', 'a photo of a unicycle'), ('European robin', 'a photo of a European robin'),
-    ('one-way sign', 'a photo of a one-way sign'), ('hourglass', 'a photo of an hourglass'), ('upright piano', 'a photo of an upright piano'), ('honeycomb', 'a photo of a honeycomb'),
+    ('umbrella', 'a photo of an umbrella'), ('key', 'a photo of a key'), ('Airedale', 'a photo of an Airedale'),
+    ('class A amplifier', 'a photo of a class A amplifier'),
+    ('vitamin A oil', 'a photo of a vitamin A oil'), ('a eagle', 'a photo of an a eagle'),
+    ('unicycle', 'a photo of a unicycle'), ('European robin', 'a photo of a European robin'),
+    ('one-way sign', 'a photo of a one-way sign'), ('hourglass', 'a photo of an hourglass'),
+    ('upright piano', 'a photo of an upright piano'), ('honeycomb', 'a photo of a honeycomb'),
     ('{} a ear', 'a photo of a {} a ear')])
 def test_the_article_agrees_and_the_name_stays(name, sentence):
     assert runtime.fill('a photo of a {}', name) == runtime.fill('a photo of an {}', name) == sentence

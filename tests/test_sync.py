@@ -38,7 +38,8 @@ def test_notebooks_are_clean(generated):
     "No run counts, no metadata but tags: a diff shows what changed."
     books = sorted((ROOT/'nbs').rglob('[!.]*.ipynb'))
     load = lambda path: json.loads(path.read_text())
-    dirty = [b.name for b in books if '.ipynb_checkpoints' not in b.parts and load(b) != load(generated/b.relative_to(ROOT))]
+    dirty = [b.name for b in books if '.ipynb_checkpoints' not in b.parts
+             and load(b) != load(generated/b.relative_to(ROOT))]
     assert dirty == [], 'run `make prepare`'
 
 

@@ -18,7 +18,8 @@ from invertune.train import clip_loss, fit, gather, train_clip
 
 TINY = dict(image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
 IMAGES = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-CAPTIONS = [f'a {color} {thing}' for color in ('red', 'green', 'blue') for thing in ('anchor', 'heart')]*10 + ['a cat']*4
+COLORED = [f'a {color} {thing}' for color in ('red', 'green', 'blue') for thing in ('anchor', 'heart')]
+CAPTIONS = COLORED*10 + ['a cat']*4
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def _steps(
     steps:int=None, # of each optimisation; None: the defaults
 )->dict: # (step, whose) -> a function without arguments
     "Identification, inversion and tuning, as published and ours."
-    classes = [f'class {i}' for i in range(32)]
+    classes = [f'{c} {d}' for c in 'red green blue gray'.split() for d in 'cat dog car cup hat pen box key'.split()]
     case = Case(clip, Defender(_images(clip, n), ['a red anchor']*n, classes, ['a photo of a {}']))
     bank = Bank([random_perturbation(f, clip.image_size) for f in ('patch','blend')], [1.,1.])
     kw,search = (dict(steps=steps), dict(search=dict(steps=steps))) if steps else ({}, {})
@@ -125,7 +125,7 @@ def _measured(
     seconds:float, # to measure
     neighbours:int=0, # busy programs beside it
 )->float: # images a second
-    "The throughput of another process."
+    "The _throughput of another process."
     workers,threads,env = _WAYS[way]
     env = {k: v for k,v in os.environ.items() if not k.startswith('OMP_')} | env | {'TQDM_DISABLE': '1'}
     busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(neighbours)]
