@@ -13,7 +13,8 @@ from invertune.defenses import DEFENSES
 from invertune.invert import Bank
 from invertune.lab import main, seeds, style
 from invertune.lab.style import LOST, SMALL, WIDTH, legend, look, save_figure
-from invertune.lab.tables import EXPERIMENTS, RECALLS
+from invertune.lab.profiles import EXPERIMENTS
+from invertune.lab.tables import RECALLS
 from invertune.runtime import InvertuneError
 from invertune.triggers import Trigger
 

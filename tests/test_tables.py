@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from invertune.lab import tables
-from invertune.lab.tables import (COLUMNS, RECALLS, STEADY, Experiment, evaluated_rows, is_lost, mean_sentences,
-                                  mean_table, read_rows, rows_table, student, to_csv,
-                                  to_latex, to_markdown, wilson, write_report, write_table)
+from invertune.lab.tables import (RECALLS, Experiment, _COLUMNS, _STEADY, _to_csv, _to_latex, _write_table,
+                                  evaluated_rows, is_lost, mean_sentences, mean_table, read_rows, rows_table, student,
+                                  to_markdown, wilson, write_report)
 from invertune.runtime import InvertuneError, save_json
 
 
@@ -46,8 +46,8 @@ def evaluated(results):
 
 
 def test_columns_are_exactly_the_promised_ones():
-    assert list(rows_table(ROWS).columns) == COLUMNS
-    assert to_csv(rows_table(ROWS)).splitlines()[0].startswith('attack,defense,seeds,ca,ca_low,ca_high,asr,asr_low,asr_high,robust,robust_clean,asr_any,any_class')
+    assert list(rows_table(ROWS).columns) == _COLUMNS
+    assert _to_csv(rows_table(ROWS)).splitlines()[0].startswith('attack,defense,seeds,ca,ca_low,ca_high,asr,asr_low,asr_high,robust,robust_clean,asr_any,any_class')
 
 
 def test_rows_stand_in_the_order_of_the_registries_whatever_order_they_come_in():
@@ -121,7 +121,7 @@ def test_labels_are_counted_and_a_given_one_is_no_merit():
     rows[2] = rows[2] | dict(found='sun')
     means = mean_table(rows).set_index('defense')
     assert dict(means['named']) == {'none': '', 'invertune-paper-given': 'given', 'invertune': '1 of 2'}
-    assert 'invertune-paper, label given' in to_markdown(means.reset_index()) and 'invertune-paper-given' in to_csv(means.reset_index())
+    assert 'invertune-paper, label given' in to_markdown(means.reset_index()) and 'invertune-paper-given' in _to_csv(means.reset_index())
 
 
 @pytest.mark.parametrize('change, words',
@@ -167,20 +167,20 @@ def test_every_seed_has_its_clean_model_and_a_wrong_seed_is_refused(evaluated):
 
 def test_the_three_files_hold_the_same_cells(tmp_path):
     table = rows_table(ROWS)
-    csv, md, tex = write_table(table, tmp_path/'deep'/'table')
+    csv, md, tex = _write_table(table, tmp_path/'deep'/'table')
     back = pd.read_csv(csv, dtype={'any_class': str, 'note': str}, keep_default_na=False,
                        na_values={c: [''] for c in table.columns if c not in ('any_class', 'note')})
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
     assert '| clean | none | 1 | 92.00 [90.15, 93.53] | – | – |' in md.read_text()
-    assert r'clean & none & 1 & 92.00 [90.15, 93.53] & -- & -- &' in tex.read_text() == to_latex(table)
+    assert r'clean & none & 1 & 92.00 [90.15, 93.53] & -- & -- &' in tex.read_text() == _to_latex(table)
 
 
 def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
-    write_table(rows_table(ROWS), tmp_path/'table')
+    _write_table(rows_table(ROWS), tmp_path/'table')
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(tables.Path, 'write_text', full)
-    with pytest.raises(InvertuneError, match='No space left'): write_table(rows_table(ROWS[:3]), tmp_path/'table')
+    with pytest.raises(InvertuneError, match='No space left'): _write_table(rows_table(ROWS[:3]), tmp_path/'table')
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -192,12 +192,12 @@ def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, caps
     table = rows_table(ROWS + [row('badnet', 'ft', asr=.4), row('sig', 'ft', asr=.2)])
     ft = table['defense'] == 'ft'
     def said(rerun, *words):
-        write_table(rerun, evaluated/'toy/main/table')
-        return tables.main(['check', '--profile', 'toy', *words]), capsys.readouterr().out
+        _write_table(rerun, evaluated/'toy/main/table')
+        return tables._main(['check', '--profile', 'toy', *words]), capsys.readouterr().out
     monkeypatch.setattr(tables, '_committed_table', lambda *args: table)
     moved = table.assign(asr=(table['asr'] - 10).where(~ft, table['asr']))
     status, text = said(moved)
-    assert STEADY == ('none',
+    assert _STEADY == ('none',
                       'invertune') and status == 1 and 'differs from HEAD in cells (6) of none and invertune' in text and '| ft |' not in text
     status, text = said(moved, '--asr', '11')
     assert status == 0 and 'agrees with HEAD in every cell of none and invertune' in text
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_table_is_refused(evaluated, text, monkeypatch, capsys
     monkeypatch.setattr(tables, '_committed_table', lambda *args: rows_table(ROWS))
     (evaluated/'toy/main').mkdir(parents=True)
     (evaluated/'toy/main/table.csv').write_text(text)
-    assert tables.main(['check', '--profile', 'toy']) == 1 and 'table.csv is not a table' in capsys.readouterr().out
+    assert tables._main(['check', '--profile', 'toy']) == 1 and 'table.csv is not a table' in capsys.readouterr().out
 
 
 def test_the_command_is_one_sentence_where_nothing_was_committed():
