@@ -6,8 +6,7 @@ import nbformat
 import pytest
 
 from invertune.attacks import ATTACKS, register_attack
-from invertune.lab.profiles import NBS, RESULTS, defense_params, load_params
-from invertune.lab.profiles import EXPERIMENTS
+from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, defense_params, load_params
 from invertune.lab.tables import Experiment
 from invertune.lab.zoo import zoo_group
 

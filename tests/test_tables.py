@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from invertune.lab import tables
-from invertune.lab.tables import (_COLUMNS, RECALLS, STEADY, Experiment, evaluated_rows, is_lost, mean_sentences,
-                                  mean_table, read_rows, rows_table, student, _to_csv,
-                                  _to_latex, to_markdown, wilson, write_report, _write_table)
+from invertune.lab.tables import (RECALLS, Experiment, _COLUMNS, _STEADY, _to_csv, _to_latex, _write_table,
+                                  evaluated_rows, is_lost, mean_sentences, mean_table, read_rows, rows_table, student,
+                                  to_markdown, wilson, write_report)
 from invertune.runtime import InvertuneError, save_json
 
 
@@ -197,7 +197,7 @@ def test_check_counts_the_steady_rows_and_the_order(evaluated, monkeypatch, caps
     monkeypatch.setattr(tables, '_committed_table', lambda *args: table)
     moved = table.assign(asr=(table['asr'] - 10).where(~ft, table['asr']))
     status, text = said(moved)
-    assert STEADY == ('none',
+    assert _STEADY == ('none',
                       'invertune') and status == 1 and 'differs from HEAD in cells (6) of none and invertune' in text and '| ft |' not in text
     status, text = said(moved, '--asr', '11')
     assert status == 0 and 'agrees with HEAD in every cell of none and invertune' in text
