@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from invertune import data, glyphs
-from invertune.data import (SETS, assert_disjoint, make_manifests, photo_dataset, pictogram_dataset,
+from invertune.data import (SETS, assert_disjoint, _make_manifests, photo_dataset, pictogram_dataset,
                             read_templates, _set_hash)
 from invertune.glyphs import read_manifest
 from invertune.runtime import InvertuneError
@@ -36,7 +36,7 @@ def few(folder=DATA/'glyphs', n=32, **kw):
 # manifests
 
 def test_the_documented_command_makes_the_manifests_in_git(tmp_path):
-    make_manifests(tmp_path)
+    _make_manifests(tmp_path)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*.*'))
     assert made == sorted(p.relative_to(DATA) for p in DATA.rglob('*.*'))
     assert all((tmp_path/p).read_bytes() == (DATA/p).read_bytes() for p in made)
