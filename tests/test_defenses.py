@@ -214,13 +214,14 @@ def planted(request, small):
 
 
 def test_cured(planted, small):
-    "By one defense with one set of parameters: the label is named, the trigger loses its power, clean accuracy stays."
+    """By one defense with one set of parameters: the label is named, clean accuracy stays, and the trigger has no more
+    power than a tenth, or than over the model that was never poisoned."""
     name, clip, trigger = planted
     measure = lambda c: evaluate(c, small.evaluation, small.classes, small.templates, trigger, small.target)
     tuned, report = defend('invertune', clip, small.defender, **CURE)
-    before, after = measure(clip), measure(tuned)
+    before, after, never = measure(clip), measure(tuned), measure(small.clip)
     assert before['asr'] > .9 and report['failed'] is None and report['target'] == 'umbrella'
-    assert after['asr'] < .1 and after['ca'] > before['ca'] - .05, (name, before, after)
+    assert after['asr'] < max(.1, never['asr']) and after['ca'] > before['ca'] - .05, (name, before, after, never)
 
 
 def test_sorted_images_are_defended_as_well(small):

@@ -22,7 +22,8 @@ from .profiles import result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, legend, look
 from .tables import (RECALLS, Experiment, evaluated_rows, is_lost, mean_sentences, mean_table, rank,
                                   rows_table, shown_name)
-from ..model import read_tensors
+from .victim import load_victim, model_path
+from ..model import load_clip, pixels, read_tensors, zero_shot_head
 from ..runtime import InvertuneError, load_json
 
 # %% ../../nbs/lab/03_main.ipynb #1f112b23
@@ -47,7 +48,8 @@ def _load(profile):
     rows = evaluated_rows(profile, [seed], attacks, params['defenses'])
     read = lambda attack, name: load_json(result_dir(profile, 'defend', seed, attack, name)/'report.json')
     tensors = lambda attack: read_tensors(result_dir(profile, 'evaluate', seed, attack)/'embeddings.safetensors')[0]
-    return dict(rows=rows, truth={row['attack']: row['target'] for row in rows if row['target']},
+    return dict(rows=rows, shot=_shot(profile, seed, attacks[0]),
+                truth={row['attack']: row['target'] for row in rows if row['target']},
                 reports={attack: {name: read(attack, name) for name in (_PUBLISHED, _OURS)} for attack in attacks},
                 costs={(a, d): load_json(result_dir(profile, 'defend', seed, a, d)/'cost.json')
                        for a in attacks for d in params['defenses'] if d != 'none'},
@@ -294,12 +296,52 @@ def _cost(costs):
     return pd.DataFrame([dict(attack=a, defense=d, seconds=costs[a, d]['seconds'], peak_mb=costs[a, d]['peak_mb'])
                          for a, d in pairs]).round(1)
 
+# %% ../../nbs/lab/03_main.ipynb #57121b02
+def _shot(profile, seed, attack):
+    "One triggered image, the rebuilt trigger, and what is read before and after `invertune`."
+    victim = load_victim(profile, seed, attack, 64)
+    bank = load_bank(result_dir(profile, 'defend', seed, attack, _OURS)/'bank.safetensors')
+    cleaned = load_clip(model_path(profile, seed, attack, _OURS))
+    return _read_shot(victim, bank[0], cleaned)
+
+@torch.no_grad()
+def _read_shot(victim, rebuilt, cleaned):
+    "The first image that is not of the target, in pixels; class names with the largest shares of its readings."
+    classes, labels = victim.dataset.classes, victim.images.labels
+    image = pixels(victim.images.images[labels != classes.index(victim.target)][:1])
+    shown = {'clean': image, 'with the trigger': victim.triggers[0](image),
+             'with the trigger\nwe rebuilt': rebuilt(image)}
+    def read(clip):
+        head = zero_shot_head(clip, classes, victim.dataset.templates)
+        seen = clip.encode_image(shown['with the trigger'].to(clip.device))
+        shares = (clip.model.logit_scale.exp()*seen @ head.T).softmax(1)[0].cpu()
+        return [(classes[i], shares[i].item()) for i in shares.topk(3).indices.tolist()]
+    return dict(images={name: x[0].cpu() for name, x in shown.items()}, target=victim.target,
+                read={'read before': read(victim.clip), 'read after\ninvertune': read(cleaned)})
+
+@figure
+def _strip(shot):
+    "Three images and two readings, in one line."
+    fig, axs = plt.subplots(1, 5, figsize=(WIDTH, 1.85))
+    for ax, (name, image) in zip(axs, shot['images'].items()):
+        ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation='nearest')
+        ax.set(title=name, xticks=[], yticks=[])
+        sns.despine(ax=ax, left=True, bottom=True)
+    for ax, (title, told) in zip(axs[3:], shot['read'].items()):
+        for y, (name, share) in enumerate(told):
+            ax.barh(y, 100*share, .5, color='#c8102e' if name == shot['target'] else '.6')
+            ax.text(0, y - .42, f'{name} {100*share:.0f} %', fontsize=7, va='center')
+        ax.set(title=title, xlim=(0, 100), ylim=(2.6, -.75), xticks=[], yticks=[], box_aspect=1)
+        sns.despine(ax=ax, bottom=True)
+    return fig
+
 # %% ../../nbs/lab/03_main.ipynb #5156f3a8
 main = Experiment(
     'main', 'What does each defence leave of six backdoors, and of the model?', _load,
     tables={'table': lambda data: rows_table(data['rows']), 'summary': lambda data: mean_table(data['rows']),
             'retrieval': lambda data: _retrieval(data['rows']), 'cost': lambda data: _cost(data['costs'])},
-    figures={'figure': lambda data: _heatmap(data['rows']), 'gallery': lambda data: _gallery(data['gallery']),
+    figures={'figure': lambda data: _heatmap(data['rows']), 'strip': lambda data: _strip(data['shot']),
+             'gallery': lambda data: _gallery(data['gallery']),
              'identification': lambda data: _identification(data['reports'], data['truth']),
              'activation_differences': lambda data: _activation_differences(data['reports']),
              'embedding_projection': lambda data: _embedding_projection(data['embeddings'])},

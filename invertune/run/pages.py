@@ -156,15 +156,15 @@ def _is_changed(
 
 # %% ../../nbs/run/02_pages.ipynb #6a660002
 CLAIMS = {  # an experiment's word -> what its results show
-    'main': 'Six backdoors take, and `invertune` removes them at a small cost in accuracy',
-    'seeds': 'So it does for clean models, targets and triggers that nobody looked at before',
-    'selection': 'Every hyper-parameter was chosen on a seed and targets that no table reports',
-    'durability': 'Fine-tuning on clean pairs brings little of a removed backdoor back',
+    'main': 'Six backdoors take; what each defense leaves of them, and of the model',
+    'seeds': 'The same for clean models, targets and triggers that nobody looked at before',
+    'selection': 'How every hyper-parameter was chosen, on a seed and targets that no table reports',
+    'durability': 'How much of a removed backdoor fine-tuning on clean pairs brings back',
     'unseen': 'Triggers that no defense was made for, two backdoors at once, a ViT',
     'ablations': 'What carries the result, part by part',
     'scarce': 'How few clean images are enough',
-    'domains': 'Clean images of another domain do in part',
-    'verdict': 'A verdict tells backdoored models from clean ones that it was not calibrated on'}
+    'domains': 'What clean images of another domain do',
+    'verdict': 'How often a verdict tells backdoored models from clean ones that it was not calibrated on'}
 
 def said(
     profile:str, # such as 'glyphs'
