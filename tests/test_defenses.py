@@ -13,11 +13,11 @@ import yaml
 
 import invertune
 from invertune import defenses
-from invertune.attacks import ATTACKS, Setup, attack
+from invertune.attacks import Setup, attack
 from invertune.defender import Case, Defender
 from invertune.defenses import DEFENSES, defend, register_defense
 from invertune.invert import Bank
-from invertune.lab.profiles import ROOT
+from invertune.lab.profiles import ROOT, load_params
 from invertune.metrics import evaluate
 from invertune.model import load_clip, read_tensors, save_clip
 from invertune.runtime import InvertuneError
@@ -204,7 +204,7 @@ POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
 CURE = dict(identify=dict(steps=15), tune=dict(steps=60, lr=5e-3, search=dict(steps=16)))
 
 
-@pytest.fixture(scope='module', params=list(ATTACKS))
+@pytest.fixture(scope='module', params=load_params()['main']['attacks'])
 def planted(request, small):
     "A backdoor in the demonstration's clean model: (attack, model, trigger)"
     recipe = RECIPES[request.param] if request.param == 'badencoder' else POISON | RECIPES[request.param]
