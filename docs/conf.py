@@ -23,7 +23,7 @@ external_toc_exclude_missing = True
 exclude_patterns = ['.*', '_docs', '_proc', 'build', 'data', 'invertune', 'tests', '*.egg-info']
 
 nb_execution_mode = 'off'            # notebooks are committed with what they show
-nb_custom_formats = {'.ipynb': ['invertune.run.pages.read_notebook', {}]}  # without the lines that are meant for nbdev
+nb_custom_formats = {'.ipynb': ['invertune.run.pages._read_notebook', {}]}  # without the lines that are meant for nbdev
 nb_merge_streams = True
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3

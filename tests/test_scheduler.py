@@ -99,7 +99,11 @@ def test_interrupt_and_continue(repo):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130 and 'interrupted' in err, out + err
-    assert not (repo.root/'a.txt').exists() and not alive(repo)
+    assert not (repo.root/'a.txt').exists()
+    for _ in range(50):  # what was told to end may still be ending on a busy machine
+        if not alive(repo): break
+        time.sleep(.1)
+    assert not alive(repo)
     (repo.root/'work.sh').write_text('cp first.txt $1.txt')
     ran = repo.run('scheduler')
     assert ran.returncode == 0 and '5 stages, 2 up to date' in ran.stdout, ran.stdout + ran.stderr
