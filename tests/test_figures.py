@@ -72,12 +72,17 @@ def gallery():
         'invertune': Bank([patch(.2)], [.9])}
 
 
+def shot():
+    read = {'read before': [('cat', .9), ('sun', .1), ('die', 0.)], 'read after': [('sun', .7), ('cat', .2), ('die', .1)]}
+    return dict(images={name: torch.zeros(3, 8, 8) for name in ('clean', 'trigger', 'rebuilt')}, target='cat', read=read)
+
+
 def curve(high, ca=.9): return [dict(step=s, asr=high*s/300, ca=ca, robust=.5) for s in (0, 10, 100, 300)]
 
 
 DATA = dict(
     main=dict(rows=[clean(), *grid()], truth=dict.fromkeys(ATTACKS, 'cat'), reports={a: reports() for a in ATTACKS},
-              gallery={a: gallery() for a in ATTACKS},
+              gallery={a: gallery() for a in ATTACKS}, shot=shot(),
               embeddings={a: embeddings() for a in ATTACKS},
               costs={(a, d): dict(seconds=1., peak_mb=1.) for a in ATTACKS for d in NAMES[1:]}),
     seeds=[r for s in (11, 12, 13) for r in [clean(s), *grid(s)]],
@@ -117,7 +122,7 @@ def contents(folder): return {file.name: file.read_bytes() for file in folder.it
 
 def test_every_experiment_has_one_main_figure():
     assert [word for word, name in FIGURES if name == 'figure'] == EXPERIMENTS
-    assert {name for word, name in FIGURES if word == 'main'} == {'figure', 'gallery', 'identification',
+    assert {name for word, name in FIGURES if word == 'main'} == {'figure', 'strip', 'gallery', 'identification',
         'activation_differences', 'embedding_projection'}
 
 
