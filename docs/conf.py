@@ -20,7 +20,8 @@ html_title = 'invertune'
 extensions = ['myst_nb', 'sphinx_external_toc']
 external_toc_path = 'docs/_toc.yml'  # what is on the site, and in which order
 external_toc_exclude_missing = True
-exclude_patterns = ['.*', '_docs', '_proc', 'build', 'data', 'invertune', 'tests', '*.egg-info']
+exclude_patterns = ['.*', '_docs', '_proc', 'build', 'data', 'invertune', 'tests', 'results/smoke',
+                    '*.egg-info']
 
 nb_execution_mode = 'off'            # notebooks are committed with what they show
 nb_custom_formats = {'.ipynb': ['invertune.run.pages._read_notebook', {}]}  # without the lines that are meant for nbdev

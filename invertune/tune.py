@@ -232,8 +232,8 @@ def _activation_loss(
     return sum(part(acts[n], goal[n], m.to(acts[n].device)).mean() for n,m in masks.items()) / len(masks)
 
 def _decision_loss(
-    f:torch.Tensor, # embeddings [N,D] from the tuned model
-    f0:torch.Tensor, # of the same images, from the model as received
+    f:torch.Tensor, # embeddings [N,D] from the tuned model, of images clean or triggered
+    f0:torch.Tensor, # of the same images, clean, from the model as received
     head:torch.Tensor, # zero-shot head [C,D]
 )->torch.Tensor: # scalar
     "KL divergence of the class probabilities from those of the model as received, mean over images."
@@ -267,7 +267,8 @@ def _loss_terms(
     e,e2 = e.split(len(x))
     return dict(activation=_activation_loss({n: a[len(x):] for n,a in acts.items()}, goal, masks),
                 embedding=((e2 - e0) @ aims.T - margin).clamp(min=0).amax(1).mean(),
-                preserve=(e - e0).norm(dim=1).mean(), decision=_decision_loss(e, e0, head))
+                restore=_decision_loss(e2, e0, head), preserve=(e - e0).norm(dim=1).mean(),
+                decision=_decision_loss(e, e0, head))
 
 # %% ../nbs/method/13_tune.ipynb #27d61a59
 def _restarted(
@@ -300,8 +301,9 @@ def _shifted(
 
 # %% ../nbs/method/13_tune.ipynb #ba334784
 WEIGHTS = dict(
-    activation=.3,   # of the four terms
+    activation=.3,   # of the five terms
     embedding=3.5,
+    restore=1.,
     preserve=5.,
     decision=4.,
     margin=.1,       # of the embedding term: a cosine; so much nearer to the target a triggered image may come

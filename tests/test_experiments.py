@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from invertune.attacks import ATTACKS, register_attack
-from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, defense_params, load_params
+from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, load_params, named_params
 from invertune.lab.tables import Experiment
 from invertune.lab.zoo import zoo_group
 
@@ -51,8 +51,9 @@ def test_the_variants_of_the_ablations_are_there():
 
 # Selection
 
-def tried(defense, setting, ca, asr, attack='badnet'): return dict(attack=attack, defense=defense, setting=setting,
-    ca=ca, asr=asr, robust=0., ca_clean=.92, failed=None)
+def tried(defense, setting, ca, asr, attack='badnet', robust=0.):
+    return dict(attack=attack, defense=defense, setting=setting, ca=ca, asr=asr, robust=robust, ca_clean=.92,
+                robust_clean=.8, failed=None)
 
 
 @pytest.fixture
@@ -62,15 +63,18 @@ def module(): return importlib.import_module('invertune.lab.selection')
 UNDEFENDED = tried('none', {}, .92, .98)
 
 
-def test_the_rule_takes_the_lowest_asr_that_keeps_the_accuracy(module):
-    rows = [UNDEFENDED, tried('ft', {'lr': 1}, .91, .5), tried('ft', {'lr': 2}, .895, .3),
-            tried('ft', {'lr': 3}, .88, .0)]
-    assert dict(module._table(rows).set_index('setting')['note']) == {'': '', 'lr 1': '', 'lr 2': 'chosen', 'lr 3': ''}
+def chosen(module, *rows): return [setting for setting, note in module._table([UNDEFENDED, *rows])[['setting', 'note']].values if note]
 
 
-def test_where_nothing_keeps_the_accuracy_the_difference_decides(module):
-    rows = [UNDEFENDED, tried('ft', {'lr': 1}, .8, .9), tried('ft', {'lr': 2}, .7, .1), tried('ft', {'lr': 3}, .1, .0)]
-    assert dict(module._table(rows).set_index('setting')['note'])['lr 2'] == 'chosen'
+def test_the_rule_weighs_accuracy_and_attack_success_alike(module):
+    assert chosen(module, tried('ft', {'lr': 1}, .91, .5), tried('ft', {'lr': 2}, .85, .3),
+                  tried('ft', {'lr': 3}, .5, .0)) == ['lr 2']
+
+
+def test_the_rule_asks_for_the_reading_up_to_the_clean_models(module):
+    rows = tried('ft', {'lr': 1}, .91, .0, robust=.3), tried('ft', {'lr': 2}, .9, .0, robust=.8)
+    assert chosen(module, *rows) == ['lr 2']
+    assert chosen(module, *rows, tried('ft', {'lr': 3}, .89, .0, robust=.95)) == ['lr 2']
 
 
 def test_a_value_at_the_edge_is_said(module):
@@ -107,7 +111,7 @@ def committed_choice():
 
 @pytest.mark.skipif(not committed_choice(), reason='the selection has not been run')
 def test_what_was_chosen_is_what_is_used_and_at_no_edge(module):
-    "The parameters of params.yaml are those that the committed rows choose, or the defaults where these are the choice."
+    "The parameters of params.yaml are those that the committed rows choose."
     rows = committed_choice()
     means = module._means(rows)
     for defense, at in module._chosen(means).items():
@@ -115,12 +119,12 @@ def test_what_was_chosen_is_what_is_used_and_at_no_edge(module):
         assert not module._edges(rows, defense, words), f'{defense}: {words} is at the edge of its grid'
         setting = next(row['setting'] for row in rows if row['defense'] == defense and module._words(row['setting'])
                        == words)
-        params = defense_params('glyphs', defense)
+        params = named_params('defenses', defense, 'glyphs')
         for name, value in setting.items():
             place, *path = name.split('.')
             now = params.get(place)
             for part in path: now = (now or {}).get(part)
-            assert now in (None, value), f'{defense}: params.yaml has {name} {now}, the selection chose {value}'
+            assert now == value, f'{defense}: params.yaml has {name} {now}, the selection chose {value}'
 
 
 # The zoo

@@ -15,7 +15,7 @@ from ..defender import Case
 from ..invert import Bank, invert_paper
 from .profiles import result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, look
-from .tables import Experiment, is_lost, read_rows
+from .tables import Experiment, attack_rows, is_lost
 from ..runtime import InvertuneError, load_json, progress
 from ..search import FAMILIES, place_grid, random_perturbation
 from ..triggers import Trigger, patch_at, scaled
@@ -28,6 +28,7 @@ _PARTS = { # parameters of `tune`
     _WHOLE: {},
     'no activation term': dict(weights=dict(activation=0.)),
     'no embedding term': dict(weights=dict(embedding=0.)),
+    'no restoring term': dict(weights=dict(restore=0.)),
     'no margin': dict(weights=dict(margin=0.)),
     'no prototype': dict(weights=dict(prototype=False)),
     'no decision term': dict(weights=dict(decision=0.)),
@@ -164,9 +165,7 @@ def _strips(rows):
 def _load(profile):
     "The rows of all variants, and what the defenses of the main job named."
     params = stage_params('ablations', profile)
-    attacks, seed = params['attacks'], params['seed']
-    rows = [row for attack in attacks
-            for row in read_rows(result_dir(profile, 'ablations', 'rows', attack)/'rows.json')]
+    attacks, seed, rows = params['attacks'], params['seed'], attack_rows('ablations', profile)
     report = lambda attack, defense: load_json(result_dir(profile, 'defend', seed, attack,
                                                           defense)/'report.json')['identification']
     return dict(rows=rows, truth={row['attack']: row['target'] for row in rows},

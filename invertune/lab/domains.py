@@ -6,14 +6,15 @@
 __all__ = ['domains']
 
 # %% ../../nbs/lab/10_domains.ipynb #60af4b49
+from functools import partial
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from ..defender import Defender
 from ..defenses import defend
-from .profiles import result_dir, stage_params
 from .style import LOST, WIDTH, figure, look
-from .tables import Experiment, is_lost, rank, read_rows
+from .tables import Experiment, attack_rows, is_lost, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/10_domains.ipynb #bef5e037
@@ -61,11 +62,6 @@ def _bars(rows):
     return fig
 
 # %% ../../nbs/lab/10_domains.ipynb #cb77597c
-def _load(profile):
-    "The rows of all attacks."
-    return [row for attack in stage_params('domains', profile)['attacks']
-            for row in read_rows(result_dir(profile, 'domains', 'rows', attack)/'rows.json')]
-
 def _said(rows):
     "What each kind of images comes to."
     def told(kind):
@@ -79,6 +75,6 @@ def _said(rows):
                 f'{len(own) - len(kept)} lost.')
     return [told(kind) for kind in dict.fromkeys(row['images'] for row in rows)]
 
-domains = Experiment('domains', "Does it do with images of another domain than the victim's?", _load,
+domains = Experiment('domains', "Does it do with images of another domain than the victim's?", partial(attack_rows, 'domains'),
                      tables={'table': _table},
                      figures={'figure': _bars}, said=_said, measure=_measure)

@@ -10,10 +10,10 @@ import copy, torch
 import matplotlib.pyplot as plt
 import pandas as pd
 from collections.abc import Callable
+from functools import partial
 
-from .profiles import result_dir, stage_params
 from .style import SMALL, WIDTH, figure, legend, look
-from .tables import Experiment, rank, read_rows, shown_name, student
+from .tables import Experiment, attack_rows, rank, shown_name, student
 from ..model import *
 from ..runtime import InvertuneError, progress
 from ..train import *
@@ -135,12 +135,6 @@ def _measure(victim, models, pairs, rates, steps, seeds, bs):
                  curve=relearn(clip, own, examine, lr, tuple(steps), bs, seed))
             for name,clip in models.items() for lr in rates for kind,own in pairs.items() for seed in seeds]
 
-def _load(profile):
-    "The curves of all attacks."
-    files = [result_dir(profile, 'durability', 'rows', attack)/'rows.json'
-             for attack in stage_params('durability', profile)['attacks']]
-    return [row for file in files for row in read_rows(file, checked=False)]
-
 def _said(rows):
     "Which defenses stay under the bar."
     lines = _table(rows)
@@ -150,5 +144,5 @@ def _said(rows):
             if line.defense not in ('clean', 'none')]
 
 durability = Experiment(
-    'durability', 'What does clean fine-tuning bring back?', _load, tables={'table': _table, 'rows': _rows_table},
-    figures={'figure': _curves}, said=_said, measure=_measure)
+    'durability', 'What does clean fine-tuning bring back?', partial(attack_rows, 'durability', checked=False),
+    tables={'table': _table, 'rows': _rows_table}, figures={'figure': _curves}, said=_said, measure=_measure)

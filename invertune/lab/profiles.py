@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'NBS', 'DATA', 'RESULTS', 'CACHE', 'PARAMS', 'EXPERIMENTS', 'STAGES', 'result_dir', 'read_yaml', 'load_params',
-           'known_profiles', 'stage_params', 'attack_recipe', 'defense_params', 'target_of', 'load_dataset']
+           'known_profiles', 'stage_params', 'named_params', 'target_of', 'load_dataset']
 
 # %% ../../nbs/lab/00_profiles.ipynb #f4334100
 import os
@@ -133,23 +133,16 @@ def stage_params(
             **_merged(params, check_choice('section', section, _SECTIONS), profile)}
 
 # %% ../../nbs/lab/00_profiles.ipynb #bb782308
-def attack_recipe(
+def named_params(
+    section:str, # 'attacks' or 'defenses'
+    name:str, # as the registry has it
     profile:str, # such as 'glyphs'
-    attack:str, # a registry name
-)->dict: # keyword arguments of the attack's function
-    "How an attack is carried out."
+)->dict: # keyword arguments of the attack's or the defense's function
+    "How one attack is carried out, or what one defense is called with."
     params = load_params()
-    changes = (params['profiles'][check_choice('profile', profile, params['profiles'])] or {}).get('attacks') or {}
-    recipes = {**params['unseen']['attacks'], **params['attacks'], **changes}
-    return recipes[check_choice('attack in params.yaml', attack, recipes)] or {}
-
-def defense_params(
-    profile:str, # such as 'glyphs'
-    defense:str, # a registry name
-)->dict: # keyword arguments of the defense
-    "What a defense is called with."
-    found = _merged(load_params(), 'defenses', profile)
-    return found[check_choice('defense in params.yaml', defense, found)] or {}
+    entries = _merged(params, section, profile)
+    if section == 'attacks': entries = params['unseen']['attacks'] | entries
+    return entries[check_choice(f'{section[:-1]} in params.yaml', name, entries)] or {}
 
 # %% ../../nbs/lab/00_profiles.ipynb #f4bfc11f
 def target_of(

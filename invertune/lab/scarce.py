@@ -6,14 +6,15 @@
 __all__ = ['scarce']
 
 # %% ../../nbs/lab/09_scarce.ipynb #c76accec
+from functools import partial
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from ..defender import Defender
 from ..defenses import defend
-from .profiles import result_dir, stage_params
 from .style import SMALL, WIDTH, figure, label_ends, look
-from .tables import Experiment, is_lost, rank, read_rows
+from .tables import Experiment, attack_rows, is_lost, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
@@ -72,11 +73,6 @@ def _curves(rows):
     return fig
 
 # %% ../../nbs/lab/09_scarce.ipynb #144e6baa
-def _load(profile):
-    "The rows of all attacks."
-    return [row for attack in stage_params('scarce', profile)['attacks']
-            for row in read_rows(result_dir(profile, 'scarce', 'rows', attack)/'rows.json')]
-
 def _said(rows):
     "What each number of images comes to."
     def told(n):
@@ -88,6 +84,6 @@ def _said(rows):
                 f"at a CA of {mean('ca'):.2f} %.")
     return [told(n) for n in sorted({row['images'] for row in rows})]
 
-scarce = Experiment('scarce', 'How few clean images are enough?', _load, tables={'table': _table},
+scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'), tables={'table': _table},
                     figures={'figure': _curves},
                     said=_said, measure=_measure)

@@ -64,18 +64,19 @@ def _measure(victim, defense, grid, params):
     return rows
 
 # %% ../../nbs/lab/05_selection.ipynb #cf5cb8c7
-_KEPT = 3. # points of CA that a setting may cost on the mean
+def _line_of(row):
+    "A row in percent, with what the rule makes of it."
+    ca, asr, robust = (100*row[key] for key in ('ca', 'asr', 'robust'))
+    return dict(defense=row['defense'], setting=_words(row['setting']), ca=ca, asr=asr, robust=robust,
+                score=ca + min(robust, 100*row['robust_clean']) - asr, lost=int(is_lost(row)),
+                failed=int(bool(row['failed'])))
 
 def _means(rows):
     "One line a defense and setting: means over the attacks, percent."
-    frame = pd.DataFrame([dict(defense=row['defense'], setting=_words(row['setting']), ca=100*row['ca'],
-                               asr=100*row['asr'],
-                               robust=100*row['robust'], lost=int(is_lost(row)), failed=int(bool(row['failed'])))
-                          for row in rows])
-    means = frame.groupby(['defense', 'setting'], sort=False).agg(
-        attacks=('ca', 'size'), ca=('ca', 'mean'), asr=('asr', 'mean'), asr_worst=('asr', 'max'),
-            robust=('robust', 'mean'),
-        failed=('failed', 'sum'), lost=('lost', 'sum')).reset_index()
+    lines = pd.DataFrame([_line_of(row) for row in rows]).groupby(['defense', 'setting'], sort=False)
+    means = lines.agg(attacks=('ca', 'size'), ca=('ca', 'mean'), asr=('asr', 'mean'), asr_worst=('asr', 'max'),
+                      robust=('robust', 'mean'), score=('score', 'mean'), failed=('failed', 'sum'),
+                      lost=('lost', 'sum')).reset_index()
     return means.sort_values('defense', key=lambda names: names.map(lambda name: rank('clean', name)),
                              kind='stable').reset_index(drop=True)
 
@@ -83,11 +84,9 @@ def _words(setting): return ', '.join(f"{name.split('.')[-1]} {value:g}" for nam
 
 def _chosen(means):
     "The index of each defense's best line, by the rule above."
-    before, best = means.loc[means['defense'] == 'none', 'ca'].item(), {}
-    for defense, lines in means[means['defense'] != 'none'].groupby('defense', sort=False):
-        kept = lines[lines['ca'] >= before - _KEPT]
-        best[defense] = kept['asr'].idxmin() if len(kept) else (lines['ca'] - lines['asr']).idxmax()
-    return best
+    tried = means[means['defense'] != 'none']
+    return {defense: lines['score'].idxmax() for defense, lines in tried.groupby('defense', sort=False)}
+
 
 # %% ../../nbs/lab/05_selection.ipynb #cd19a3c6
 def _edges(rows, defense, words):
@@ -128,10 +127,6 @@ def _frontier(rows):
     best, floor = _chosen(means), 50*max(row['ca_clean'] for row in rows)
     before, shown = means[means['defense'] == 'none'].iloc[0], means[means['ca'] >= floor]
     fig, ax = plt.subplots(figsize=(.75*WIDTH, 3.2))
-    ax.axhspan(before.ca - _KEPT, before.ca, color='.95', lw=0, zorder=0)
-    ax.annotate(f'within {_KEPT:g} points of no defence', (99, before.ca - _KEPT), (0, 2), textcoords='offset points',
-                ha='right',
-                fontsize=SMALL, color='.35')
     names = [name for name in dict.fromkeys(means['defense']) if name != 'none']
     for name in names: _line(ax, shown[shown['defense'] == name], best[name], name)
     ax.plot(before.asr, before.ca, ls='', ms=5, **look('none'))
@@ -145,7 +140,7 @@ def _frontier(rows):
 def _load(profile):
     "The rows of all attacks and defenses."
     params = stage_params('selection', profile)
-    keys = [f'{attack}-{defense}' for attack in params['attacks'] for defense in params['grids']]
+    keys = [f'{defense}-{attack}' for attack in params['attacks'] for defense in params['grids']]
     rows = [row for key in keys for row in read_rows(result_dir(profile, 'selection', 'rows', key)/'rows.json')]
     once = {(row['attack'], row['defense'], _words(row['setting'])): row
             for row in rows} # the undefended model is in every file
@@ -155,8 +150,8 @@ def _said(rows):
     "What was chosen, and where a grid was too narrow."
     table = _table(rows)
     chosen = table[table['note'] != '']
-    told = [f'{shown_name(line.defense)}: {line.setting}, with a mean ASR of {line.asr:.2f} % at a CA of {line.ca:.2f} %.'
-            for line in chosen.itertuples()]
+    told = [f'{shown_name(line.defense)}: {line.setting}, with a mean ASR of {line.asr:.2f} %, a CA of {line.ca:.2f} % '
+            f'and a robust accuracy of {line.robust:.2f} %.' for line in chosen.itertuples()]
     edges = [f'{shown_name(line.defense)} ({line.note})' for line in chosen.itertuples() if 'edge' in line.note]
     return told + [f"At the edge of its grid: {'; '.join(edges)}." if edges
                    else 'No chosen value is at the edge of its grid.']

@@ -9,7 +9,7 @@ __all__ = ['check_parameters', 'run_words']
 import ast, os, re, signal, sys, time
 from pathlib import Path
 
-from ..lab.profiles import (CACHE, NBS, ROOT, STAGES, attack_recipe, defense_params, read_yaml, result_dir,
+from ..lab.profiles import (CACHE, NBS, ROOT, STAGES, named_params, read_yaml, result_dir,
                                     stage_params)
 from .jobs import Job, stop
 from ..runtime import InvertuneError, atomic_path, check_choice, check_type
@@ -89,8 +89,8 @@ def _from_file(stage:str, given:dict)->dict:
     "What params.yaml says for this run."
     params = stage_params(stage, given.get('profile'))
     if stage == 'data': return {'profile': params['profile']}
-    if 'attack' in given: params['recipe'] = attack_recipe(params['profile'], given['attack'])
-    if 'defense' in given: params['settings'] = defense_params(params['profile'], given['defense'])
+    if 'attack' in given: params['recipe'] = named_params('attacks', given['attack'], params['profile'])
+    if 'defense' in given: params['settings'] = named_params('defenses', given['defense'], params['profile'])
     return params
 
 # %% ../../nbs/run/00_stages.ipynb #7293f125
