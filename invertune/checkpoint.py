@@ -474,11 +474,14 @@ def _tokenizer(
 )->tuple: # texts -> int64 [N,context]; its name
     "The tokenizer of an architecture."
     text = model['text_cfg']
-    name,context = text.get('hf_tokenizer_name'), text.get('context_length') or 77
-    if not name: return open_clip.SimpleTokenizer(context, **(text.get('tokenizer_kwargs') or {})), 'SimpleTokenizer'
+    name,settings = text.get('hf_tokenizer_name'), dict(text.get('tokenizer_kwargs') or {})
+    settings['context_length'] = text.get('context_length') or 77
+    odd = settings.keys() - {'context_length', 'clean', 'reduction_mask', 'strip_sep_token', 'language'}
+    if odd: raise InvertuneError(f"a tokenizer with the setting '{odd.pop()}' is not made from a file's description")
+    if not name: return open_clip.SimpleTokenizer(**settings), 'SimpleTokenizer'
     local = folder if folder and (Path(folder)/'tokenizer_config.json').is_file() else None
-    try: return open_clip.tokenizer.HFTokenizer(local or name, context, tokenizer_mode=text.get('tokenizer_mode'),
-                                                **(text.get('tokenizer_kwargs') or {})), name
+    try: return open_clip.tokenizer.HFTokenizer(local or name, tokenizer_mode=text.get('tokenizer_mode'),
+                                                **settings), name
     except Exception as e: return _no_tokenizer(name, str(e).split('\n')[0]), name
 
 # %% ../nbs/method/16_checkpoint.ipynb #c8cc9897
