@@ -668,7 +668,7 @@ def open_checkpoint(
     said = [('the caller', dict(name=name or None, model=model, quick_gelu=quick, mean=mean, std=std))]
     path,text = Path(source), str(source)
     if text.startswith('hf-hub:') and not path.exists(): path = _from_hub(text.removeprefix('hf-hub:'), text)
-    if path.is_dir(): return _open_file(_weights_in(path), said, base, _folder_says(path))
+    if text and path.is_dir(): return _open_file(_weights_in(path), said, base, _folder_says(path))
     if path.is_file(): return _open_file(path, said, base)
     published,_,tag = text.partition(':')
     if tag and published in open_clip.list_models():

@@ -1,16 +1,22 @@
 "Checkpoints of others: every weight used and none left over, or one sentence; a file never runs anything."
 import argparse
-import builtins
 import copy
 import errno
+import functools
 import json
 import os
 import pickle
 import random
+import re
+import shutil
+import socket
+import subprocess
 import time
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -20,8 +26,8 @@ import invertune.compat  # before open_clip
 import open_clip
 from invertune import checkpoint
 from invertune.checkpoint import open_checkpoint, save_open_clip
-from invertune.model import MEAN, STD, load_clip, pretrained_clip, save_clip, tiny_clip
-from invertune.runtime import InvertuneError, pick_device
+from invertune.model import MEAN, STD, save_clip, tiny_clip
+from invertune.runtime import InvertuneError
 
 TINY = dict(image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
 TEXT = dict(context_length=8, vocab_size=99, width=32, heads=2, layers=1)
@@ -50,7 +56,8 @@ def made(model, seed=0):
     with torch.no_grad():
         for k, v in module.state_dict().items():
             if k.endswith('logit_scale'): v.fill_(2.5)
-            elif v.is_floating_point(): v.copy_(torch.rand_like(v) if k.endswith('running_var') else v + .1*torch.randn_like(v))
+            elif k.endswith('running_var'): v.copy_(torch.rand_like(v))
+            elif v.is_floating_point(): v.add_(.1*torch.randn_like(v))
     return module
 
 
@@ -90,15 +97,13 @@ def used(clip, tensors):
 
 def numbers(): return dict(neurons=np.arange(4), share=np.float64(.5), many=np.ones((2, 2), dtype=np.float32))
 
-class Settings(argparse.Namespace): pass
-
 FAMILIES = {
     'Detect-CLIP: bare': lambda w: w,
     'ordered': lambda w: OrderedDict(w),
     'parameters': lambda w: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()},
     'DDP': lambda w: {f'module.{k}': v for k, v in w.items()},
     'CleanCLIP, BadCLIP': lambda w: dict(epoch=3, name='run', state_dict={f'module.{k}': v for k, v in w.items()},
-                                         optimizer=dict(state={0: dict(exp_avg=torch.zeros(3))}, param_groups=[{}, {}])),
+                                         optimizer=dict(state={0: dict(exp_avg=torch.ones(3))}, param_groups=[{}, {}])),
     'no epoch': lambda w: dict(state_dict=w),
     'PAR': lambda w: dict(epoch=1, state_dict={f'module.{k}': v for k, v in w.items()}, optimizer={}, scaler={},
                           best_acc1=.5, args=argparse.Namespace(lr=1e-5, model='RN50', deep=argparse.Namespace(a=[1]))),
@@ -115,7 +120,8 @@ FAMILIES = {
     'compiled': lambda w: {f'_orig_mod.{k}': v for k, v in w.items()},
     'a prefix on some': lambda w: {f'module.{k}' if i % 2 else k: v for i, (k, v) in enumerate(w.items())},
     'logit_scale as a list': lambda w: w | dict(logit_scale=w['logit_scale'].view(1)),
-    'text tower under text.': lambda w: {k if k.startswith(('visual.', 'logit_')) else f'text.{k}': v for k, v in w.items()},
+    'text tower under text.': lambda w: {
+        k if k.startswith(('visual.', 'logit_')) else f'text.{k}': v for k, v in w.items()},
 }
 
 @pytest.mark.filterwarnings('error')
@@ -192,7 +198,8 @@ def in_transformers_names(w):
                          'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
                 out[f'{at}.{names[first]}.{last}'] = v
         else:
-            names = {'class_embedding': 'embeddings.class_embedding', 'conv1.weight': 'embeddings.patch_embedding.weight',
+            names = {'class_embedding': 'embeddings.class_embedding',
+                     'conv1.weight': 'embeddings.patch_embedding.weight',
                      'positional_embedding': 'embeddings.position_embedding.weight',
                      'token_embedding.weight': 'embeddings.token_embedding.weight'}
             stem, _, last = k.partition('.')
@@ -247,9 +254,8 @@ def test_our_own(tmp_path, tower):
     for file in tmp_path.iterdir():
         again = open_checkpoint(file)
         assert used(again, weights(clip.model)) and same(again, clip.model)
-        # a tower that attends in one head and the depth in one number is the same tower
-        sizes = [(sum(v) if k == 'layers' else v) for k, v in again.config.items() if k in clip.config]
-        assert sizes == [(sum(clip.config[k]) if k == 'layers' else clip.config[k]) for k in again.config if k in clip.config]
+        for k, v in clip.config.items():  # the depth of a ViT is read off as one number
+            assert again.config[k] == v or k == 'layers' and sum(again.config[k]) == sum(v)
 
 
 @pytest.mark.parametrize('kind', [*MINI, *TIMM])
@@ -268,7 +274,7 @@ def test_what_was_opened_can_be_saved(tmp_path, kind):
     for file in ['a/own.safetensors', 'b', *(['c/m.safetensors'] if kind in MINI else [])]:
         again = open_checkpoint(tmp_path/file)
         assert used(again, weights(module)) and same(again, module) and again.config['mean'] == [.4]*3
-        assert {k: v for k, v in again.config.items() if k != 'origin'} == {k: v for k, v in clip.config.items() if k != 'origin'}
+        assert again.config | dict(origin=0) == clip.config | dict(origin=0)
     for line in lines:
         theirs = eval(line, dict(open_clip=open_clip))
         assert same(clip, theirs) and tuple(theirs.visual.image_mean) == (.4, .4, .4)
@@ -283,8 +289,8 @@ def test_a_cleaned_model_goes_back_into_open_clip(rn, tmp_path):
     assert line == f"open_clip.create_model('mini-rn-quickgelu', pretrained='{tmp_path/'cleaned.safetensors'}')"
     assert same(clip, open_clip.create_model('mini-rn-quickgelu', pretrained=str(tmp_path/'cleaned.safetensors')))
     assert same(open_checkpoint(tmp_path/'cleaned.safetensors'), clip.model)
-    save_clip(tiny_clip(**TINY), tmp_path/'cleaned.safetensors')
-    with pytest.raises(InvertuneError, match='give a folder'): save_open_clip(tiny_clip(**TINY), tmp_path/'t.safetensors')
+    with pytest.raises(InvertuneError, match='give a folder'):
+        save_open_clip(tiny_clip(**TINY), tmp_path/'t.safetensors')
     line = save_open_clip(tiny_clip('vit', **TINY).eval(), tmp_path/'tiny')
     assert same(open_checkpoint(tmp_path/'tiny'), eval(line, dict(open_clip=open_clip)))
 
@@ -331,9 +337,9 @@ def test_a_text_tower_alone(tmp_path):
 
 # which architecture
 
-NAMED = ['RN50', 'RN101', 'RN50x4', 'RN50x16', 'RN50x64', 'ViT-B-32', 'ViT-B-16', 'ViT-L-14', 'ViT-L-14-336', 'ViT-H-14',
-         'ViT-B-32-256', 'ViT-S-32', 'ViT-B-16-SigLIP', 'ViT-B-16-SigLIP2', 'ViT-L-16-SigLIP-256', 'convnext_base',
-         'convnext_large', 'coca_ViT-B-32', 'EVA02-B-16', 'MobileCLIP-S1']
+NAMED = ['RN50', 'RN101', 'RN50x4', 'RN50x16', 'RN50x64', 'ViT-B-32', 'ViT-B-16', 'ViT-L-14', 'ViT-L-14-336',
+         'ViT-H-14', 'ViT-B-32-256', 'ViT-S-32', 'ViT-B-16-SigLIP', 'ViT-B-16-SigLIP2', 'ViT-L-16-SigLIP-256',
+         'convnext_base', 'convnext_large', 'coca_ViT-B-32', 'EVA02-B-16', 'MobileCLIP-S1']
 
 @pytest.mark.parametrize('name', NAMED)
 def test_the_weights_know_their_architecture(name, tmp_path):
@@ -374,7 +380,8 @@ def test_the_caller_decides_on_the_activation(rn, tmp_path):
     assert clip.config['mean'] == [.1, .2, .3] and clip.std.flatten().tolist() == pytest.approx([.3, .2, .1])
     assert clip.config['origin']['mean'] == 'the caller' and clip.model.visual.preprocess_cfg['mean'] == [.1, .2, .3]
     for bad in (dict(mean=(.1, .2)), dict(std=(0, 0, 0)), dict(mean=.5), dict(mean=(float('nan'),)*3)):
-        with pytest.raises(InvertuneError, match='mean|statistics'): open_checkpoint(tmp_path/'m.pt', quick_gelu=True, **bad)
+        with pytest.raises(InvertuneError, match='mean|statistics'):
+            open_checkpoint(tmp_path/'m.pt', quick_gelu=True, **bad)
 
 
 def test_a_bias_of_siglips_loss(tmp_path):
@@ -422,7 +429,8 @@ def empty(w): w.clear()
     (off_by_one, 'text_projection has shape .32, 25., the model wants .32, 24.'),
     (off_by_one_row, 'positional_embedding has shape .9, 32., the model wants .8, 32.'),
     (off_by_one_word, 'token_embedding.weight has shape .100, 32., the model wants .99, 32.'),
-    (off_inside, 'ln_final.weight has shape .33., the model wants .32.'), (nan, 'text_projection holds NaN or infinity'),
+    (off_inside, 'ln_final.weight has shape .33., the model wants .32.'),
+    (nan, 'text_projection holds NaN or infinity'),
     (inf, 'visual.conv1.weight holds NaN or infinity'), (cut, "'text_projection' is of type torch.int32"),
     (below, "'visual.bn1.running_var' is a variance below zero"), (twice, "two weights called 'logit_scale'"),
     (no_tensor, "'epoch' is no tensor but a int"), (inside, 'unknown .*visual.module.conv1.weight'),
@@ -439,12 +447,12 @@ def test_weights_that_do_not_fit(rn, tmp_path, damage, sentence):
         else: raise AssertionError('opened')
         assert '\n' not in said
         if not name:
-            import re
             assert re.search(sentence, said), said
 
 
 FOREIGN = {
-    'a warp grid': (lambda: torch.zeros(1, 8, 8, 2), 'holds one Tensor'), 'a list': (lambda: [torch.zeros(1)], 'holds one list'),
+    'a warp grid': (lambda: torch.zeros(1, 8, 8, 2), 'holds one Tensor'),
+    'a list': (lambda: [torch.zeros(1)], 'holds one list'),
     'a number': (lambda: 3, 'holds one int'), 'a trigger': (lambda: dict(mask=torch.zeros(3), trigger=torch.zeros(3)),
                                                           'holds no CLIP: its weights are mask, trigger'),
     'BackdoorBench': (lambda: dict(model_name='preactresnet18', num_classes=10, img_size=[32, 32, 3],
@@ -455,7 +463,8 @@ FOREIGN = {
     'wrapped without end': (lambda: deep(9), 'wrapped too deep'), 'a circle': (lambda: circle(), 'wrapped too deep'),
     'epochs alone': (lambda: dict(epoch=3), "'epoch' is no tensor"),
     'names that are numbers': (lambda: {1: torch.zeros(1)}, 'holds no CLIP'),
-    'a SigLIP of transformers': (lambda: {'vision_model.embeddings.patch_embedding.bias': torch.zeros(1)}, 'SigLIP of transf'),
+    'a SigLIP of transformers': (lambda: {'vision_model.embeddings.patch_embedding.bias': torch.zeros(1)},
+                                 'SigLIP of transformers'),
 }
 
 def deep(n): return dict(model=deep(n-1)) if n else {}
@@ -473,9 +482,10 @@ def test_foreign_content(tmp_path, what):
     assert '\n' not in str(said.value)
 
 
-FILES = {'nothing': b'', 'text': b'not a model', 'html': b'<!DOCTYPE html><html>', 'a pointer': b'version https://git-lfs',
+FILES = {'nothing': b'', 'text': b'not a model', 'html': b'<!DOCTYPE html><html>', 'a pointer': b'version https',
          'PNG': b'\x89PNG\r\n\x1a\n' + bytes(99), 'zeros': bytes(999), 'the head of a zip': b'PK\x03\x04',
-         'the head of a pickle': b'\x80\x02', 'a pickle without an end': b'\x80\x02}q\x00', 'gzip': b'\x1f\x8b\x08' + bytes(99),
+         'the head of a pickle': b'\x80\x02', 'a pickle without an end': b'\x80\x02}q\x00',
+         'gzip': b'\x1f\x8b\x08' + bytes(99),
          'a pickle of protocol 0': pickle.dumps({'a': 1}, 0), 'a pickle of protocol 4': pickle.dumps({'a': 1}, 4),
          'safetensors of nothing': b'\xff'*8 + b'{', 'a long name': b'\x80\x02X\xff\xff\xff\x7f'}
 
@@ -506,7 +516,8 @@ def test_a_flipped_byte_never_crashes(rn, tmp_path, seed):
     torch.save(dict(state_dict=weights(rn), args=argparse.Namespace(a=1)), tmp_path/'m.pt')
     content = bytearray((tmp_path/'m.pt').read_bytes())
     draw = random.Random(seed)
-    for _ in range(draw.choice([1, 8, 64])): content[draw.randrange(9 if seed % 2 else len(content)//50)] ^= 1 << draw.randrange(8)
+    size = 9 if seed % 2 else len(content)//50
+    for _ in range(draw.choice([1, 8, 64])): content[draw.randrange(size)] ^= 1 << draw.randrange(8)
     (tmp_path/'m.pt').write_bytes(content)
     try: open_checkpoint(tmp_path/'m.pt', quick_gelu=True)
     except InvertuneError as e: assert '\n' not in str(e)
@@ -536,12 +547,12 @@ class Built(argparse.Namespace):
 def payloads(mark):
     write = f"open({str(mark)!r}, 'w').write('ran')"
     return {'os.system': Run(os.system, f'touch {mark}'), 'eval': Run(eval, write), 'exec': Run(exec, write),
-            'open': Run(open, str(mark), 'w'), 'getattr': Run(getattr, os, 'system'), 'import': Run(__import__, 'antigravity'),
-            'subprocess': Run(__import__('subprocess').call, ['touch', str(mark)]), 'compile': Run(compile, write, 'a', 'exec'),
+            'open': Run(open, str(mark), 'w'), 'getattr': Run(getattr, 'a', 'lower'), 'import': Run(__import__, 'this'),
+            'subprocess': Run(subprocess.call, ['touch', str(mark)]), 'compile': Run(compile, write, 'a', 'exec'),
             'pickle in a pickle': Run(pickle.loads, pickle.dumps(Run(os.system, f'touch {mark}'))),
             'torch.load': Run(torch.load, str(mark)), 'a module of torch': torch.nn.Linear(2, 2), 'a function': print,
-            'a class of ours': Built(a=1), 'partial': Run(__import__('functools').partial, os.system, f'touch {mark}'),
-            'np.load': Run(np.load, str(mark), None, True), 'shutil': Run(__import__('shutil').rmtree, str(mark.parent))}
+            'a class of ours': Built(a=1), 'partial': Run(functools.partial, os.system, f'touch {mark}'),
+            'np.load': Run(np.load, str(mark), None, True), 'shutil': Run(shutil.rmtree, str(mark.parent))}
 
 NESTED = {'alone': lambda p, w: p, 'in the metadata': lambda p, w: dict(state_dict=w, metadata=dict(deep=[(1, p)])),
           'in a Namespace': lambda p, w: dict(state_dict=w, args=argparse.Namespace(lr=p)),
@@ -549,11 +560,12 @@ NESTED = {'alone': lambda p, w: p, 'in the metadata': lambda p, w: dict(state_di
 
 @pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('where', NESTED)
-@pytest.mark.parametrize('what', payloads(__import__('pathlib').Path('mark')))
+@pytest.mark.parametrize('what', payloads(Path('mark')))
 def test_a_pickle_runs_nothing(rn, tmp_path, what, where):
     mark = tmp_path/'ran'
     for new in (True, False):
-        torch.save(NESTED[where](payloads(mark)[what], weights(rn)), tmp_path/'m.pt', _use_new_zipfile_serialization=new)
+        content = NESTED[where](payloads(mark)[what], weights(rn))
+        torch.save(content, tmp_path/'m.pt', _use_new_zipfile_serialization=new)
         with pytest.raises(InvertuneError, match='may run code, so it is not opened') as said:
             open_checkpoint(tmp_path/'m.pt', quick_gelu=True)
         assert '\n' not in str(said.value) and not mark.exists()
@@ -606,7 +618,8 @@ def test_harmless_classes_are_let_through_for_one_file_alone(rn, tmp_path):
     (dict(vision_cfg=VISION['rn'] | dict(head_width=0)), 'describes no model'),
     (dict(vision_cfg=dict(timm_model_name='hf-hub:someone/something')), 'is not what is said of it'),
     (dict(text_cfg=TEXT | dict(layers=5)), 'text_layers 1 instead of 5'), (dict(speed=3), 'describes no model'),
-    (dict(text_cfg=TEXT | dict(heads=0)), 'describes no model'), (dict(text_cfg=TEXT | dict(heads=5)), 'describes no model'),
+    (dict(text_cfg=TEXT | dict(heads=0)), 'describes no model'),
+    (dict(text_cfg=TEXT | dict(heads=5)), 'describes no model'),
     (dict(text_cfg=TEXT | dict(hf_model_name='someone/something')), 'text tower of transformers'),
     (dict(text_cfg=TEXT | dict(tokenizer_kwargs=dict(trust_remote_code=True))), "setting 'trust_remote_code'")])
 def test_a_description_that_is_not_true(rn, tmp_path, change, sentence):
@@ -652,9 +665,10 @@ def test_folders_that_are_none(rn, tmp_path):
 # names, tags and the hub: no test fetches anything
 
 @pytest.mark.parametrize('source, sentence', [
-    ('no/such/file.pt', 'no file and no folder here'), ('RN50', 'no file and no folder'), ('', 'holds no|holds .* files'),
-    ('RN50:', 'no file and no folder'), ('RN0:openai', 'no file and no folder'), ('RN50:openia', "did you mean 'openai'"),
-    ('ViT-S-32:openai', 'there are none'), ('hf-hub:', 'write hf-hub:OWNER/NAME'), ('hf-hub:name', 'write hf-hub:OWNER/NAME')])
+    ('no/such/file.pt', 'no file and no folder here'), ('RN50', 'no file and no folder'), ('', 'no file and no folder'),
+    ('RN50:', 'no file and no folder'), ('RN0:openai', 'no file and no folder'), ('ViT-S-32:openai', 'there are none'),
+    ('RN50:openia', "did you mean 'openai'"), ('hf-hub:', 'write hf-hub:OWNER/NAME'),
+    ('hf-hub:name', 'write hf-hub:OWNER/NAME')])
 def test_names_that_are_none(source, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvertuneError, match=sentence): open_checkpoint(source)
@@ -663,7 +677,6 @@ def test_names_that_are_none(source, sentence, tmp_path, monkeypatch):
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     "A machine with an empty cache, on which every look-up of an address fails."
-    import huggingface_hub.constants, socket
     def fail(*_, **__): raise OSError(errno.ENETUNREACH, 'Network is unreachable')
     for name in ('getaddrinfo', 'create_connection'): monkeypatch.setattr(socket, name, fail)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
@@ -671,7 +684,8 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('source, repo', [
-    ('RN50:openai', 'timm/resnet50_clip.openai'), ('ViT-B-32:laion2b_s34b_b79k', 'laion/CLIP-ViT-B-32-laion2B-s34B-b79K'),
+    ('RN50:openai', 'timm/resnet50_clip.openai'),
+    ('ViT-B-32:laion2b_s34b_b79k', 'laion/CLIP-ViT-B-32-laion2B-s34B-b79K'),
     ('hf-hub:someone/something', 'someone/something')])
 def test_without_a_network_the_sentence_comes_in_seconds(offline, source, repo):
     begin = time.perf_counter()
@@ -728,8 +742,8 @@ def test_any_prefixes_come_off_and_nothing_else(seed):
     "Random names, in whose middle the prefixes stand as well, under random prefixes: the names come back."
     draw = random.Random(seed)
     parts = ['visual', 'module', 'model', '1', '10', 'modules', 'layer1', 'weight', '_orig_mod', 'text', 'ln', '']
-    names = {draw.choice(['visual', 'layer', 'ln', '11', 'amodule', 'models', '']) + '.' + '.'.join(draw.choices(parts, k=3))
-             for _ in range(20)}
+    first = ['visual', 'layer', 'ln', '11', 'amodule', 'models', '']
+    names = {'.'.join([draw.choice(first), *draw.choices(parts, k=3)]) for _ in range(20)}
     names = {n for n in names if n.rpartition('.')[2] not in checkpoint._NO_WEIGHTS}
     front = lambda: ''.join(draw.choices(['module.', 'model.', '1.', '_orig_mod.'], k=draw.randrange(4)))
     plain = {n: torch.tensor(float(i)) for i, n in enumerate(sorted(names))}
@@ -742,7 +756,7 @@ def test_any_wrapping_comes_off(seed):
     draw = random.Random(seed)
     inner = content = {'a.weight': torch.zeros(1)}
     for _ in range(draw.randrange(4)):
-        content = {draw.choice(checkpoint._WRAPPERS): content, 'epoch': 1, 'optimizer': {'state_dict': {}}, 'args': None}
+        content = {draw.choice(checkpoint._WRAPPERS): content, 'epoch': 1, 'optimizer': {'state': {}}, 'args': None}
     assert checkpoint._unwrap(content, 'm.pt') is inner
 
 
