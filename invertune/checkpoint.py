@@ -71,7 +71,7 @@ def _check_archive(
 )->str: # 'script' or 'pickle'
     "Which kind of checkpoint a zip file is; a damaged or swelling one is refused."
     try: parts = zipfile.ZipFile(path).infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+    except Exception as e:
         raise InvertuneError(f'{path} is damaged or cut short ({e}): fetch it again') from None
     if sum(p.file_size for p in parts) > path.stat().st_size:
         raise InvertuneError(f'{path} is larger unpacked than packed, which torch never writes: it is not opened')
@@ -99,7 +99,9 @@ def _read_file(
     path:Path, # a file of any kind
 )->tuple: # what it holds; the metadata, where it is safetensors; its kind: safetensors, pickle or script
     "The content of a checkpoint, by what its first bytes say that it is."
-    with open(path, 'rb') as f: head = f.read(9)
+    try:
+        with open(path, 'rb') as f: head = f.read(9)
+    except OSError as e: raise InvertuneError(f'{path} cannot be read ({e.strerror})') from None
     if head[8:] == b'{' or path.suffix == '.safetensors': return *read_tensors(path), 'safetensors'
     if head[:2] != b'PK' and head[:1] != b'\x80': raise InvertuneError(f'{path} is no checkpoint: it is neither '
                                                                       'safetensors nor a file of torch.save')
@@ -179,7 +181,7 @@ def _from_transformers(
         for theirs,ours in _TRANSFORMERS.items(): name = name.replace(theirs, ours)
         third = re.fullmatch(r'(.*)\.self_attn\.([qkv])_proj\.(weight|bias)', name)
         if third: parts.setdefault(f'{third[1]}.attn.in_proj_{third[3]}', {})[third[2]] = value
-        else: renamed[name] = value.T if name in ('text_projection', 'visual.proj') else value
+        else: renamed[name] = value.T if name in ('text_projection', 'visual.proj') and value.dim() == 2 else value
     return renamed | {name: torch.cat([p[k] for k in 'qkv' if k in p]) for name,p in parts.items()}
 
 # %% ../nbs/method/16_checkpoint.ipynb #8e145097
@@ -193,7 +195,10 @@ def _rename(
     if 'vision_model.embeddings.patch_embedding.bias' in weights:
         raise InvertuneError(f'{path} is a SigLIP of transformers, whose names are not known here: open the file that '
                              'open_clip has of it (a name with SigLIP in open_clip.list_pretrained())')
-    if any(k.startswith(('text_model.', 'vision_model.')) for k in weights): weights = _from_transformers(weights)
+    if any(k.startswith(('text_model.', 'vision_model.')) for k in weights):
+        try: weights = _from_transformers(weights)
+        except RuntimeError as e:
+            raise InvertuneError(f'{path} has the names of transformers, but not its shapes ({e})') from None
     if 'token_embedding.weight' not in weights and not any(k.startswith('visual.') for k in weights) and (
             'attnpool.positional_embedding' in weights or 'class_embedding' in weights
             or any(k.startswith('trunk.') for k in weights)):
@@ -272,22 +277,25 @@ def _tiny_model(
 )->dict: # an architecture, as open_clip writes it
     "The architecture that `tiny_clip` builds."
     text = CLIPTextCfg(context_length=context, width=text_width, heads=max(1, text_width//32), layers=text_layers)
-    return dict(embed_dim=embed_dim, vision_cfg=asdict(_vision_config(tower, width, layers, image_size)),
-                text_cfg=asdict(text))
+    image = _vision_config(tower, width, layers, image_size)
+    own = lambda cfg: {k:v for k,v in asdict(cfg).items() if v != getattr(type(cfg)(), k)}
+    return dict(embed_dim=embed_dim, vision_cfg=own(image), text_cfg=own(text))
 
 def _tiny_settings(
     facts:dict, # from `_facts`
     weights:dict[str, torch.Tensor], # by the names of open_clip
 )->dict|None: # what `tiny_clip` takes; None: it is too large for one
     "The settings of `tiny_clip` that give these sizes."
-    if facts['image'][0] == 'timm' or not 0 < facts['text_width'] < 512: return None
     size = {k: facts[k] for k in ('embed_dim', 'text_width', 'text_layers', 'context')}
+    if facts['image'][0] == 'timm' or facts['text_width'] >= 512 or 0 in size.values(): return None
     if facts['image'][0] == 'vit':
         _,width,depth,patch = facts['image']
+        if not patch or not depth or width % 32: return None
         return dict(tower='vit', width=width//8, layers=[depth], image_size=patch*8, **size)
-    rows = weights.get('visual.attnpool.positional_embedding', torch.empty(1, 0)).shape[0]
+    rows = tuple(weights.get('visual.attnpool.positional_embedding', torch.empty(0)).shape)
+    if not rows or rows[0] < 2 or not facts['image'][1]: return None
     return dict(tower='resnet', width=facts['image'][1], layers=list(facts['image'][2]),
-                image_size=math.isqrt(rows - 1)*32, **size)
+                image_size=math.isqrt(rows[0] - 1)*32, **size)
 
 # %% ../nbs/method/16_checkpoint.ipynb #f55d82ae
 def _fits(
@@ -387,17 +395,22 @@ def _read_json(
     if isinstance(content, dict): return content
     raise InvertuneError(f'{path} holds no settings by name')
 
+def _inner(settings:dict, name:str)->dict: # empty where there are none
+    "Settings inside of settings."
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
+
 def _folder_says(
     folder:Path, # of a checkpoint, as open_clip or transformers write it
 )->list[tuple[str, dict]]: # for `_settle`
     "What the small files beside the weights say."
     said,ours = [], _read_json(folder/'open_clip_config.json')
     if isinstance(ours.get('model_cfg'), dict):
-        own = {k:v for k,v in (ours.get('preprocess_cfg') or {}).items() if k in _STATED}
+        own = {k:v for k,v in _inner(ours, 'preprocess_cfg').items() if k in _STATED}
         said.append(('open_clip_config.json', dict(model=ours['model_cfg'], folder=str(folder),
                                                    quick_gelu=bool(ours['model_cfg'].get('quick_gelu')), **own)))
     theirs,images = _read_json(folder/'config.json'), _read_json(folder/'preprocessor_config.json')
-    act = (theirs.get('vision_config') or {}).get('hidden_act') or theirs.get('hidden_act')
+    act = _inner(theirs, 'vision_config').get('hidden_act') or theirs.get('hidden_act')
     if theirs.get('model_type') == 'clip' and not ours:
         said.append(('config.json', dict(quick_gelu=(act or 'quick_gelu') == 'quick_gelu')))
     said.append(('preprocessor_config.json', dict(mean=images.get('image_mean'), std=images.get('image_std'))))
@@ -411,7 +424,7 @@ def _header_says(
     if config.get('kind') == 'tiny':
         settings = {k:v for k,v in config.items() if k not in (*_STATED, *_SHOWN)}
         return said | dict(name='tiny', tiny=settings, model=_tiny_model(**settings))
-    if config.get('kind') == 'open_clip': return said | dict(name=config.get('name'))
+    if config.get('kind') == 'open_clip': return said
     name = check_choice('architecture of open_clip', config.get('name'), open_clip.list_models())
     return said | dict(name=name, model=open_clip.get_model_config(name))
 
@@ -424,7 +437,7 @@ def _check_said(
     path:Path, # the file
 )->None:
     "Refuse a description that is none, or that is of another model."
-    try: said = _config_facts(model)
+    try: said,_ = _config_facts(model), dict(model['text_cfg'].get('tokenizer_kwargs') or {})
     except (TypeError, KeyError, ValueError, AttributeError) as e:
         raise InvertuneError(f'{path} describes no model that can be built ({type(e).__name__}: {e})') from None
     differ = [f'{k} {v} instead of {said[k]}' for k,v in _facts(weights).items() if v != said[k]]
@@ -478,11 +491,12 @@ def _tokenizer(
     settings['context_length'] = text.get('context_length') or 77
     odd = settings.keys() - {'context_length', 'clean', 'reduction_mask', 'strip_sep_token', 'language'}
     if odd: raise InvertuneError(f"a tokenizer with the setting '{odd.pop()}' is not made from a file's description")
-    if not name: return open_clip.SimpleTokenizer(**settings), 'SimpleTokenizer'
     local = folder if folder and (Path(folder)/'tokenizer_config.json').is_file() else None
-    try: return open_clip.tokenizer.HFTokenizer(local or name, tokenizer_mode=text.get('tokenizer_mode'),
-                                                **settings), name
-    except Exception as e: return _no_tokenizer(name, str(e).split('\n')[0]), name
+    try:
+        if not name: return open_clip.SimpleTokenizer(**settings), 'SimpleTokenizer'
+        mode = text.get('tokenizer_mode')
+        return open_clip.tokenizer.HFTokenizer(local or name, tokenizer_mode=mode, **settings), name
+    except Exception as e: return _no_tokenizer(name, str(e).split('\n')[0]), name or 'SimpleTokenizer'
 
 # %% ../nbs/method/16_checkpoint.ipynb #c8cc9897
 def _name_of(
@@ -499,7 +513,7 @@ def _architecture(
     path:Path, # the file
 )->tuple[str, dict]: # who says it; name and model
     "What is said of the architecture, if it is true of the weights; else what they say themselves."
-    if not s.get('model'): return 'names and shapes of the weights', _by_weights(weights, s.get('quick_gelu'), path)
+    if s.get('model') is None: return 'names and shapes of the weights', _by_weights(weights, s.get('quick_gelu'), path)
     _check_said(s['model'], weights, path)
     return "open_clip's list", dict(name=_name_of(s['model']))
 
@@ -514,7 +528,8 @@ def _wrap(
     tokenizer,cut_by = _tokenizer(s['model'], s.get('folder'))
     context = s['model']['text_cfg'].get('context_length') or 77
     kind = 'tiny' if 'tiny' in s else 'pretrained' if s['name'] in open_clip.list_models() else 'open_clip'
-    config = {k: list(s[k]) if k in ('mean', 'std') else s[k] for k in ('name', 'quick_gelu', *_STATED)}
+    try: config = {k: list(s[k]) if k in ('mean', 'std') else s[k] for k in ('name', 'quick_gelu', *_STATED)}
+    except TypeError: raise InvertuneError(f'{path}: mean and std are three numbers each') from None
     config |= dict(s.get('tiny', {}), kind=kind, context=context, tokenizer=cut_by)
     if kind == 'open_clip': config['model'] = s['model']
     told = {k: v for k,v in origin.items() if k in config}
