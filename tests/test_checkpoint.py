@@ -41,12 +41,16 @@ TIMM = {'siglip': dict(embed_dim=64, custom_text=True, init_logit_bias=-10,
                                                        timm_proj='linear'), text_cfg=TEXT)}
 
 
+TOKENIZER = functools.lru_cache(open_clip.SimpleTokenizer)
+
+
 @pytest.fixture(autouse=True)
 def architectures(monkeypatch):
     "open_clip with small architectures of its own kind, each with GELU and with QuickGELU."
     for kind, model in MINI.items():
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, f'mini-{kind}', model)
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, f'mini-{kind}-quickgelu', model | dict(quick_gelu=True))
+    monkeypatch.setattr(open_clip, 'SimpleTokenizer', TOKENIZER)  # to read its vocabulary once is enough
 
 
 def made(model, seed=0):
