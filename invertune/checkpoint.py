@@ -73,8 +73,9 @@ def _check_archive(
     try: parts = zipfile.ZipFile(path).infolist()
     except Exception as e:
         raise InvertuneError(f'{path} is damaged or cut short ({e}): fetch it again') from None
-    if sum(p.file_size for p in parts) > path.stat().st_size:
-        raise InvertuneError(f'{path} is larger unpacked than packed, which torch never writes: it is not opened')
+    read = [p for p in parts if re.search(r'(^|/)data(\.pkl|/[^/]*)$', p.filename)]  # TorchScript packs its program
+    if sum(p.file_size for p in read) > path.stat().st_size:
+        raise InvertuneError(f'{path} has weights that grow when unpacked, which torch never writes: it is not opened')
     names = {p.filename.rpartition('/')[2] for p in parts}
     if 'data.pkl' in names: return 'script' if 'constants.pkl' in names else 'pickle'
     if any(n.endswith('.npy') for n in names):
@@ -288,6 +289,7 @@ def _tiny_settings(
     "The settings of `tiny_clip` that give these sizes."
     size = {k: facts[k] for k in ('embed_dim', 'text_width', 'text_layers', 'context')}
     if facts['image'][0] == 'timm' or facts['text_width'] >= 512 or 0 in size.values(): return None
+    if facts['text_width'] % max(1, facts['text_width']//32): return None
     if facts['image'][0] == 'vit':
         _,width,depth,patch = facts['image']
         if not patch or not depth or width % 32: return None
@@ -297,14 +299,13 @@ def _tiny_settings(
     return dict(tower='resnet', width=facts['image'][1], layers=list(facts['image'][2]),
                 image_size=math.isqrt(rows[0] - 1)*32, **size)
 
-# %% ../nbs/method/16_checkpoint.ipynb #f55d82ae
-def _fits(
-    model:dict, # an architecture
+# %% ../nbs/method/16_checkpoint.ipynb #e20f9b8a
+def _misfits(
+    want:dict[str, torch.Tensor], # of an architecture, from `_shapes`
     weights:dict[str, torch.Tensor], # by the names of open_clip
-)->bool:
-    "Are names and shapes the same, one by one?"
-    want = _shapes(model)
-    return want.keys() == weights.keys() and all(v.shape == weights[k].shape for k,v in want.items())
+)->int: # 0: the same names and shapes, one by one
+    "How many weights are missing, unknown or of another shape."
+    return len(want.keys() ^ weights.keys()) + sum(v.shape != weights[k].shape for k,v in want.items() if k in weights)
 
 def _with_bias(
     model:dict, # an architecture
@@ -320,7 +321,7 @@ def _candidates(
     "Those of open_clip whose names and shapes are the same as the weights'."
     known = {n: _with_bias(open_clip.get_model_config(n), weights) for n in open_clip.list_models()}
     return {n:m for n,m in known.items() if not m['text_cfg'].get('hf_model_name')
-            and _config_facts(m) == facts and _fits(m, weights)}
+            and _config_facts(m) == facts and not _misfits(_shapes(m), weights)}
 
 # %% ../nbs/method/16_checkpoint.ipynb #55f0b9eb
 def _no_architecture(
@@ -334,10 +335,11 @@ def _no_architecture(
     agree = lambda model: sum(facts[k] == v for k,v in _config_facts(model).items())
     known = {n: open_clip.get_model_config(n) for n in open_clip.list_models()}
     known = {n:m for n,m in known.items() if not m['text_cfg'].get('hf_model_name')}
-    near = max(known, key=lambda n: agree(known[n]))
-    if facts['text_width'] < 512 and (tiny := _tiny_settings(facts, weights)): near,known = 'tiny_clip', {
-        'tiny_clip': _tiny_model(**tiny)}
-    _check_weights(_shapes(_with_bias(known[near], weights)), weights, f'{path}, read as {near},')
+    near = {n: known[n] for n in [max(known, key=lambda n: agree(known[n]))]}
+    if tiny := _tiny_settings(facts, weights): near['tiny_clip'] = _tiny_model(**tiny)
+    want = {n: _shapes(_with_bias(m, weights)) for n,m in near.items()}
+    name = min(want, key=lambda n: _misfits(want[n], weights))
+    _check_weights(want[name], weights, f'{path} (read as {name})')
 
 # %% ../nbs/method/16_checkpoint.ipynb #f639254a
 def _by_weights(
@@ -351,7 +353,7 @@ def _by_weights(
     if not fits:
         tiny = _tiny_settings(facts, weights)
         model = tiny and _with_bias(_tiny_model(**tiny), weights)
-        if model and _fits(model, weights): return dict(name='tiny', model=model, tiny=tiny)
+        if model and not _misfits(_shapes(model), weights): return dict(name='tiny', model=model, tiny=tiny)
         _no_architecture(facts, weights, path)
     alike = {json.dumps(m | dict(quick_gelu=0), sort_keys=True) for m in fits.values()}
     if len(alike) > 1: raise InvertuneError(f'{path} fits {", ".join(fits)} alike: say which with name=')

@@ -531,7 +531,7 @@ def test_a_zip_that_swells(tmp_path, rn):
     with zipfile.ZipFile(tmp_path/'m.pt', 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('m/data.pkl', pickle.dumps({}, 2))
         z.writestr('m/data/0', bytes(10**7))
-    with pytest.raises(InvertuneError, match='larger unpacked than packed'): open_checkpoint(tmp_path/'m.pt')
+    with pytest.raises(InvertuneError, match='grow when unpacked'): open_checkpoint(tmp_path/'m.pt')
     with zipfile.ZipFile(tmp_path/'n.pt', 'w') as z: z.writestr('note.txt', 'a note')
     with pytest.raises(InvertuneError, match='no checkpoint of torch'): open_checkpoint(tmp_path/'n.pt')
     np.savez(tmp_path/'b.npz', a=np.zeros(3))
