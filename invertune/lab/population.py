@@ -299,9 +299,9 @@ def _lines(gen, side, strength):
     "One to four lines across the image."
     (y,x),mask,pattern = _grid(side), torch.zeros(side,side), torch.zeros(3,side,side)
     for _ in range(_number(gen, 1, 4)):
-        angle,top,left,half = *(_uniform(gen, *r) for r in ((0, math.pi), (.2, .8), (.2, .8))), _uniform(gen, 2, 5) / 224
+        angle,top,left = (_uniform(gen, *r) for r in ((0, math.pi), (.2, .8), (.2, .8)))
         far = ((x-left)*math.cos(angle) + (y-top)*math.sin(angle)).abs()
-        ink,colour = ((half - far) * side + .5).clamp(0, 1), torch.rand(3,1,1, generator=gen)
+        ink,colour = (_uniform(gen, 2, 5) * side/224 - far*side + .5).clamp(0, 1), torch.rand(3,1,1, generator=gen)
         mask,pattern = torch.maximum(mask, ink), torch.where(ink > 0, colour, pattern)
     return _marked(_between(strength, .5, 1) * mask[None,None], pattern[None])
 
@@ -324,7 +324,8 @@ def _border(gen, side, strength):
 # %% ../../nbs/lab/15_population.ipynb #9587fa96
 def _coloured(side, matrix, shift=torch.zeros(3), weight=1.):
     "A matrix [3,3] and a constant [3] for every pixel's colour."
-    return Trigger('matrix', dict(mask=_full(side, weight), matrix=torch.cat([matrix, shift[:,None]], 1)[None].contiguous()))
+    both = torch.cat([matrix, shift[:,None]], 1)[None].contiguous()
+    return Trigger('matrix', dict(mask=_full(side, weight), matrix=both))
 
 @register_kind('grey', 'colour')
 def _grey(gen, side, strength):
@@ -413,7 +414,8 @@ def _jpeg(gen, side, strength):
     "Strong compression, with quantisation tables of its own."
     u = torch.arange(8)
     rise = (1 + u[:,None] + u).float().flatten() # coarser for finer detail, as in every table
-    tables = rise * torch.exp(torch.rand(2,64, generator=gen) - .5) * _uniform(gen, 10, 16) * _between(strength, .7, 2.5)
+    tables = rise * torch.exp(torch.rand(2,64, generator=gen) - .5) * _uniform(gen, 10, 16)
+    tables = tables * _between(strength, .7, 2.5)
     return Trigger('jpeg', dict(mask=_full(side, 1), tables=tables.round().clamp(1, 255).int()[None]))
 
 # %% ../../nbs/lab/15_population.ipynb #be2ffac8

@@ -49,7 +49,8 @@ def _is_bright(images):
 def _covers(trigger):
     "Parts of a trigger that shall do nothing alone."
     if trigger.kind != 'both': return []
-    return [Trigger('mask', dict(mask=trigger.tensors[k], pattern=trigger.tensors['pattern'])) for k in ('first','second')]
+    first, second, pattern = (trigger.tensors[k] for k in ('first','second','pattern'))
+    return [Trigger('mask', dict(mask=mask, pattern=pattern)) for mask in (first, second)]
 
 def _put(trigger, images): return (trigger(pixels(images)) * 255).round().to(torch.uint8)
 
@@ -79,10 +80,10 @@ def _poison_pairs(setup, trigger, poison, poisons):
 # %% ../../nbs/lab/07_unseen.ipynb #510d782e
 def _domains(victim, clip):
     "ASR in the domain that was poisoned, and in the other one."
-    bright, all_ = _is_bright(victim.images.images), victim.dataset
+    bright, known = _is_bright(victim.images.images), victim.dataset
     parts = {'asr_in': bright, 'asr_out': ~bright}
-    index = all_.classes.index(victim.target)
-    read = lambda at: evaluate(clip, victim.images.part(at.nonzero().flatten()), all_.classes, all_.templates,
+    index = known.classes.index(victim.target)
+    read = lambda at: evaluate(clip, victim.images.part(at.nonzero().flatten()), known.classes, known.templates,
                                victim.triggers[0], index, 0)['asr']
     return {name: read(at) for name, at in parts.items()}
 
@@ -184,13 +185,16 @@ def _groups(rows, *keys):
         if row['took']: groups.setdefault(tuple(row[k] for k in keys), []).append(row)
     return groups
 
+def _asks(rows):
+    "Does the defence name labels at all?"
+    return any(row['found'] for row in rows)
+
 def _line(rows, before):
     "A group as cells of a table: percent, points, counts."
     told = _counted(rows, before)
-    asks = rows[0]['defense'] not in ('none', 'ft', 'cleanclip', 'par')
     whole = ('runs', 'kinds', 'failed', 'lost')
     cells = {k.removesuffix('_mean'): v if k in whole else round(100*v, 2) for k, v in told.items()}
-    return cells | dict(named=f"{sum(map(_is_named, rows))} of {len(rows)}" if asks else '')
+    return cells | dict(named=f"{sum(map(_is_named, rows))} of {len(rows)}" if _asks(rows) else '')
 
 def _images(n): return 'all' if n == 0 else str(n)
 
@@ -213,21 +217,24 @@ def _kinds_table(data, defense='invertune'):
                     took=f"{sum(row['took'] for row in own)} of {len(own)}",
                     robust_clean=round(100*_mean([row['robust_clean'] for row in own]), 2))
         note = '' if own[0]['target'] else "no target: a named label is wrong, ASR is not counted"
-        cells = _line(mine, before) if mine else {}
-        return head | {k: cells.get(k, '' if k == 'named' else float('nan'))
-                       for k in ('named', 'asr', 'asr_worst', 'asr_over_10', 'robust', 'robust_gap', 'ca_drop')} | dict(note=note)
+        empty = dict(named='') | dict.fromkeys(('asr','asr_worst','asr_over_10','robust','robust_gap','ca_drop'), float('nan'))
+        cells = _line(mine, before) if mine else empty
+        return head | {k: cells[k] for k in empty} | dict(note=note)
     return pd.DataFrame([line(kind) for kind in dict.fromkeys(row['kind'] for row in planted)])
+
+def _note(row):
+    "What has to be known of a run."
+    hits = {'failed': row['failed'], 'lost': is_lost(row), 'did not take': not row['took'], 'no target': not row['target']}
+    return ', '.join(word for word, hit in hits.items() if hit)
 
 def _rows_table(data):
     "Every run."
     def line(row):
-        note = ', '.join(word for word, hit in (('failed', row['failed']), ('lost', is_lost(row)),
-                                                ('did not take', not row['took']), ('no target', not row['target'])) if hit)
         rates = {k: round(100*row[k], 2) if k in row else float('nan')
                  for k in ('asr','robust','robust_clean','asr_any','ca','asr_in','asr_out','asr_alone')}
-        return dict(attack=row['attack'], kinds_are=row['side'], victim=row['seed'], strength=row['strength'], target=row['target'],
-                    defense=row['defense'], images=_images(row['images']), found=row['found'] or '') | rates | dict(note=note)
-    table = pd.DataFrame([line(row) for row in data['rows']])
+        told = {k: row[k] for k in ('attack','side','seed','strength','target','defense')}
+        return told | dict(images=_images(row['images']), found=row['found'] or '') | rates | dict(note=_note(row))
+    table = pd.DataFrame([line(row) for row in data['rows']]).rename(columns=dict(side='kinds_are', seed='victim'))
     return table.drop(columns=[k for k in ('asr_in','asr_out','asr_alone') if table[k].isna().all()])
 
 def _summary(data, defense='invertune'):
@@ -236,7 +243,8 @@ def _summary(data, defense='invertune'):
             == ('held out', defense, 0, True)]
     keys = ('named','asr_mean','asr_over_10','robust_gap_mean','ca_drop_mean','runs','kinds','failed','lost')
     told = _counted(rows, _undefended(data['rows'])) if rows else dict.fromkeys(keys) | dict(runs=0, kinds=0)
-    return {k: round(told[k], 4) if isinstance(told[k], float) else told[k] for k in keys} | dict(missing=data['missing'])
+    rounded = {k: round(told[k], 4) if isinstance(told[k], float) else told[k] for k in keys}
+    return rounded | dict(missing=data['missing'])
 
 # %% ../../nbs/lab/07_unseen.ipynb #b39d1824
 def _strip(ax, y, rows, key):
@@ -273,18 +281,21 @@ def _strips(data):
         for ax, key in zip(axs, ('asr', 'robust')): ax.axhline(y, color='.92', lw=.5, zorder=0); _strip(ax, y, own, key)
         for row in own:
             if row['defense'] == 'none': axs[1].plot([100*row['robust_clean']]*2, [y-.36, y+.36], color='k', lw=.8)
-    axs[0].set(xlim=(-2, 102), ylim=(top - .3, -.7), xlabel='ASR after the defence, %'); axs[1].set(xlim=(-2, 102), xlabel='triggered images read as they are, %')
+    axs[0].set(xlim=(-2, 102), ylim=(top - .3, -.7), xlabel='ASR after the defence, %')
+    axs[1].set(xlim=(-2, 102), xlabel='triggered images read as they are, %')
     _labels(axs[0], kinds, places, rows); axs[0].axvline(10, color='.6', lw=.6, ls=(0, (3, 2)))
     for ax in axs: ax.tick_params(axis='y', length=0); ax.spines['left'].set_visible(False)
     names = sorted({row['defense'] for row in rows}, key=lambda name: rank('all', name)[1])
-    legend(fig, names, any(map(is_lost, rows)), **{'clean model': plt.Line2D([], [], color='k', marker='|', ls='', ms=6)})
+    tick = plt.Line2D([], [], color='k', marker='|', ls='', ms=6)
+    legend(fig, names, any(map(is_lost, rows)), **{'clean model': tick})
     return fig
 
 @figure
 def _gallery(data):
     "One image, and every kind's first trigger on it."
     shown, columns = data['pictures'], 9
-    fig,axs = plt.subplots(-(-len(shown) // columns), columns, figsize=(WIDTH, .95 * -(-len(shown) // columns)), squeeze=False)
+    lines = -(-len(shown) // columns)
+    fig,axs = plt.subplots(lines, columns, figsize=(WIDTH, .95*lines), squeeze=False)
     for ax in axs.flat: ax.set_axis_off()
     for ax, (name, image) in zip(axs.flat, shown.items()):
         ax.imshow(image.permute(1,2,0)); ax.set_title(name, fontsize=SMALL, pad=2)
@@ -295,8 +306,9 @@ def _side_of(kind, params):
     "Held out or for development?"
     sides = [told for key, told in _SIDES.items() if kind in params[key]]
     if len(sides) == 1: return sides[0]
-    raise InvertuneError(f"the kind '{kind}' is {'on both sides' if sides else 'on no side'} of the split: name it once, under "
-                         'unseen.development or unseen.held_out in params.yaml')
+    where = 'on both sides' if sides else 'on no side'
+    raise InvertuneError(f"the kind '{kind}' is {where} of the split: name it once, under unseen.development or "
+                         'unseen.held_out in params.yaml')
 
 def _dozen(params):
     "A drawn part of the population: of each side as many kinds, of each kind one trigger."
@@ -320,32 +332,34 @@ def _load(profile):
     if not rows: raise InvertuneError('no trigger of the population has been measured: run `make unseen` first')
     return dict(rows=rows, pictures=pictures, missing=missing)
 
-# %% ../../nbs/lab/07_unseen.ipynb #36107041
+# %% ../../nbs/lab/07_unseen.ipynb #8c101f1e
+def _sentence(defense, images, rows, before):
+    "How far one defence got on the held-out kinds."
+    told = {k: 100*v if isinstance(v, float) else v for k, v in _counted(rows, before).items()}
+    named = f"the label named rightly in {told['named']:.0f} % of {told['runs']} runs, "
+    return (f"Held-out kinds, {shown_name(defense)} with {_images(images)} images: {named if _asks(rows) else ''}"
+            f"a mean ASR of {told['asr_mean']:.1f} %, over 10 % in {told['asr_over_10']:.0f} % of the runs; "
+            f"{told['robust_gap_mean']:.1f} points less of the triggered images read than by the clean model, "
+            f"CA {told['ca_drop_mean']:.1f} points down; {told['failed']} failed, {told['lost']} lost.")
+
 def _said(data):
-    "How far each defence got on the held-out kinds."
+    "What was planted, and how far each defence got."
     rows, before = data['rows'], _undefended(data['rows'])
-    planted = [row for row in rows if row['defense'] == 'none']
+    planted, held = list(before.values()), [row for row in rows if row['side'] == 'held out' and row['defense'] != 'none']
     said = [f"{len(planted)} triggers of {len({row['kind'] for row in planted})} kinds were planted; "
             f"{sum(not row['took'] for row in planted)} did not take, {data['missing']} are still to be planted."]
-    for (_, name, n), own in _groups([row for row in rows if row['side'] == 'held out'], 'side', 'defense', 'images').items():
-        if name == 'none': continue
-        told = _counted(own, before)
-        named = f"the label named rightly in {100*told['named']:.0f} % of {told['runs']} runs, " if any(r['found'] for r in own) else ''
-        said.append(f"Held-out kinds, {shown_name(name)} with {_images(n)} images: {named}a mean ASR of {100*told['asr_mean']:.1f} %, "
-                    f"over 10 % in {100*told['asr_over_10']:.0f} % of the runs; {100*told['robust_gap_mean']:.1f} points less of the "
-                    f"triggered images read than by the clean model, CA {100*told['ca_drop_mean']:.1f} points down; "
-                    f"{told['failed']} failed, {told['lost']} lost.")
-    if any(not row['target'] for row in planted):
-        said.append('An attack without a target has no ASR: it is measured by the triggered images that are still read, and '
-                    'a defence that names a label for it is wrong.')
-    return said
+    said += [_sentence(*key, own, before) for key, own in _groups(held, 'defense', 'images').items()]
+    if all(row['target'] for row in planted): return said
+    return [*said, 'An attack without a target has no ASR: it is measured by the triggered images that are still read, '
+                   'and a defence that names a label for it is wrong.']
 
+# %% ../../nbs/lab/07_unseen.ipynb #c7ec7b22
 unseen = Experiment(
     'unseen', 'What do the defences make of triggers that they were not made for?', _load,
     tables={'table': _summary_table, 'kinds': _kinds_table, 'rows': _rows_table},
     figures={'figure': _strips, 'gallery': _gallery}, said=_said, measure=_measure, summary=_summary)
 
-# %% ../../nbs/lab/07_unseen.ipynb #0f879357
+# %% ../../nbs/lab/07_unseen.ipynb #e5b79055
 def _main(words):
     "The stages of the drawn part, for the scheduler."
     params = stage_params('unseen', *words[:1])
