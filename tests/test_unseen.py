@@ -176,7 +176,7 @@ def test_to_name_no_label_is_right_where_there_is_no_target():
 
 def test_tables_keep_the_sides_and_the_numbers_of_images_apart(data):
     table = unseen.tables['table'](data)
-    assert list(zip(table['kinds_are'], table['defense'], table['images'])) == [
+    assert list(zip(table['split'], table['defense'], table['images'])) == [
         ('held out', 'none', 'all'), ('held out', 'invertune', 'all'), ('held out', 'invertune', '100'),
         ('development', 'none', 'all'), ('development', 'invertune', 'all')]
     assert list(table['runs']) == [4, 4, 1, 1, 1] and list(table['lost'])[1] == 1

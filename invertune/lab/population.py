@@ -359,7 +359,7 @@ def _tint(gen, side, strength):
     "As through coloured glass, of one strong colour."
     colour = torch.rand(3, generator=gen)
     colour = (colour - colour.min()) / (colour.max() - colour.min())
-    weight = _between(strength, .3, .8)
+    weight = _between(strength, .2, .7)
     return _coloured(side, torch.diag(1 - weight + weight*colour), weight * .15 * colour)
 
 def _toned(side, curve): return Trigger('curve', dict(mask=_full(side, 1), curve=curve.clamp(0, 1)[None].contiguous()))
@@ -392,7 +392,7 @@ def _filtered(side, kernel): return Trigger('filter', dict(mask=_full(side, 1), 
 @register_kind('blur', 'filter')
 def _blur(gen, side, strength):
     "A blur that may be longer in one direction."
-    sigma,long = side/224 * _uniform(gen, 3, 5) * _between(strength, .8, 1.8), _uniform(gen, 1, 2.2)
+    sigma,long = side/224 * _uniform(gen, 2.5, 4.5) * _between(strength, .8, 1.6), _uniform(gen, 1, 2)
     return _filtered(side, _gaussian(sigma, sigma*long, _uniform(gen, 0, math.pi)))
 
 @register_kind('sharpen', 'filter')
@@ -405,7 +405,7 @@ def _sharpen(gen, side, strength):
 @register_kind('mosaic', 'filter')
 def _mosaic(gen, side, strength):
     "Cells of one colour each; where the first one begins is drawn."
-    cell = max(2, scaled(_uniform(gen, 10, 16) * _between(strength, .8, 1.8), side))
+    cell = max(2, scaled(_uniform(gen, 9, 15) * _between(strength, .8, 1.7), side))
     top,left = (int(_uniform(gen, 0, cell)) for _ in range(2))
     return Trigger('mosaic', dict(mask=_full(side, 1), cells=torch.tensor([[cell, top, left]])))
 
@@ -442,14 +442,14 @@ def _linear(side, matrix):
 
 @register_kind('rotation', 'geometry')
 def _rotation(gen, side, strength):
-    "The image turned, by more than a pictogram is turned anyway."
-    angle = _sign(gen) * math.radians(_uniform(gen, 40, 60) * _between(strength, 1, 3))
+    "The image turned about its centre."
+    angle = _sign(gen) * math.radians(_uniform(gen, 20, 35) * _between(strength, .9, 3))
     return _linear(side, torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]))
 
 @register_kind('shear', 'geometry')
 def _shear(gen, side, strength):
     "The image slanted, upright or sideways."
-    slant = _sign(gen) * _uniform(gen, .4, .6) * _between(strength, .7, 2)
+    slant = _sign(gen) * _uniform(gen, .3, .5) * _between(strength, .7, 2)
     matrix = torch.tensor([[1., slant], [0, 1]])
     return _linear(side, matrix if _sign(gen) > 0 else matrix.T)
 

@@ -241,7 +241,8 @@ _HEADINGS = {'attack': 'Attack', 'defense': 'Defence', 'seeds': 'Seeds', 'ca': '
              'asr_worst': 'worst ASR %', 'worst': 'worst run', 'ca_fall': 'CA fall, points', 'named': 'label named',
              'inverted_asr': 'inverted ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB',
              'ca_clean': 'CA %, clean model',
-             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
+             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'asr_over_10': 'ASR over 10, % of runs',
+             'robust_gap': 'robust gap, points', 'ca_drop': 'CA drop, points', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
              **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
 def shown_name(

@@ -203,7 +203,7 @@ def _summary_table(data):
     rows, before = data['rows'], _undefended(data['rows'])
     order = lambda key: (list(_SIDES.values()).index(key[0]), rank('all', key[1])[1], key[2] > 0, -key[2])
     groups = _groups(rows, 'side', 'defense', 'images')
-    return pd.DataFrame([dict(kinds_are=key[0], defense=key[1], images=_images(key[2])) | _line(groups[key], before)
+    return pd.DataFrame([dict(split=key[0], defense=key[1], images=_images(key[2])) | _line(groups[key], before)
                          for key in sorted(groups, key=order)])
 
 # %% ../../nbs/lab/07_unseen.ipynb #e1668013
@@ -213,7 +213,7 @@ def _kinds_table(data, defense='invertune'):
     def line(kind):
         own = [row for row in planted if row['kind'] == kind]
         mine = [row for row in data['rows'] if (row['kind'], row['defense'], row['images']) == (kind, defense, 0)]
-        head = dict(kinds_are=own[0]['side'], group=own[0]['group'], kind=kind,
+        head = dict(split=own[0]['side'], group=own[0]['group'], kind=kind,
                     took=f"{sum(row['took'] for row in own)} of {len(own)}",
                     robust_clean=round(100*_mean([row['robust_clean'] for row in own]), 2))
         note = '' if own[0]['target'] else "no target: a named label is wrong, ASR is not counted"
@@ -234,7 +234,7 @@ def _rows_table(data):
                  for k in ('asr','robust','robust_clean','asr_any','ca','asr_in','asr_out','asr_alone')}
         told = {k: row[k] for k in ('attack','side','seed','strength','target','defense')}
         return told | dict(images=_images(row['images']), found=row['found'] or '') | rates | dict(note=_note(row))
-    table = pd.DataFrame([line(row) for row in data['rows']]).rename(columns=dict(side='kinds_are', seed='victim'))
+    table = pd.DataFrame([line(row) for row in data['rows']]).rename(columns=dict(side='split', seed='victim'))
     return table.drop(columns=[k for k in ('asr_in','asr_out','asr_alone') if table[k].isna().all()])
 
 def _summary(data, defense='invertune'):
