@@ -52,7 +52,7 @@ def test_learned(name, setup, tmp_path, monkeypatch):
     made = [changed(draw_trigger(name, seed, 32, .8, setup), x) for seed in (0, 0, 1)]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p, w) and p.grad is None for p, w in zip(setup.clip.parameters(), weights))
+    assert all(torch.equal(p, w) for p, w in zip(setup.clip.parameters(), weights))
     draw_trigger(name, 0, 32, .8, setup).save(tmp_path/'trigger.safetensors')
     assert torch.equal(load_trigger(tmp_path/'trigger.safetensors')(x), made[0])
 

@@ -298,7 +298,7 @@ def _gallery(data):
     fig,axs = plt.subplots(lines, columns, figsize=(WIDTH, .95*lines), squeeze=False)
     for ax in axs.flat: ax.set_axis_off()
     for ax, (name, image) in zip(axs.flat, shown.items()):
-        ax.imshow(image.permute(1,2,0)); ax.set_title(name, fontsize=SMALL, pad=2)
+        ax.imshow(image.permute(1,2,0).numpy()); ax.set_title(name, fontsize=SMALL, pad=2)
     return fig
 
 # %% ../../nbs/lab/07_unseen.ipynb #9b85e30c
