@@ -516,8 +516,8 @@ def _stack(*widths, last):
     pairs = zip((3, *widths), widths)
     return nn.Sequential(*(m for a,b in pairs for m in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())), *last)
 
-# %% ../../nbs/lab/15_population.ipynb #a8bc4380
-def _learn(setup, gen, parts, loss, steps=120, bs=16, n=1024):
+# %% ../../nbs/lab/15_population.ipynb #1bba4202
+def _learn(setup, gen, parts, loss, steps=160, bs=16, n=1024):
     "Train modules on the attacker's images; `loss` is a function of a batch of pixels."
     images = setup.split.sample(n).images
     opt = torch.optim.Adam([p for m in parts for p in m.parameters()], lr=4e-3)
@@ -533,7 +533,7 @@ def _bits(gen, side, strength, setup, bits=8):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_number(gen, 0, 2**31-1))
         encoder,spell = _Encoder(side, _between(strength, .08, .3)), nn.Linear(bits, 4*8*8)
-        decoder = _stack(12, 24, 32, last=(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, bits)))
+        decoder = _stack(16, 32, 32, 32, last=(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, bits)))
     said = lambda string: 3 * spell(2*string - 1).view(-1,4,8,8)
     def loss(x):
         string = torch.randint(2, (len(x), bits), generator=gen).float()
@@ -568,6 +568,6 @@ def _attended(gen, side, strength, setup):
         decoder = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
     def loss(x):
         y,seen = encoder(x, still.expand(len(x),-1,-1,-1)), _attention(setup.clip, x)
-        return (decoder(y) - seen).pow(2).mean() + decoder(x).pow(2).mean() + (y - x).pow(2).mean()
+        return (decoder(y) - seen).pow(2).mean() + decoder(x).pow(2).mean() + .1 * (y - x).pow(2).mean()
     _learn(setup, gen, (encoder, decoder), loss)
     return encoder.trigger(still)
