@@ -93,7 +93,9 @@ DATA = dict(
                      curve=curve(h, .1 if (a, d) == ('wanet', 'invertune-paper') else .9))
                 for a in ATTACKS for p in ('all classes', 'without the target') for s in (0, 1, 2) for d,
                 h in (('clean', .01), *LEFT.items())],
-    unseen=dict(rows=grid(), pictures={(a, 0): torch.zeros(3, 8, 8, dtype=torch.uint8) for a in ATTACKS}),
+    unseen=dict(rows=[r | dict(kind=r['attack'], images=0, took=True,
+                               side='held out' if r['attack'] == 'sig' else 'development') for r in grid()], missing=0,
+                pictures={name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ('as it was', *ATTACKS)}),
     ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
                          for a in ATTACKS for v, s in (('undefended', .9), ('one round', .02), ('no margin', .1))],
                    truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),

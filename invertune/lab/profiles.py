@@ -139,9 +139,7 @@ def named_params(
     profile:str, # such as 'glyphs'
 )->dict: # keyword arguments of the attack's or the defense's function
     "How one attack is carried out, or what one defense is called with."
-    params = load_params()
-    entries = _merged(params, section, profile)
-    if section == 'attacks': entries = params['unseen']['attacks'] | entries
+    entries = _merged(load_params(), section, profile)
     return entries[check_choice(f'{section[:-1]} in params.yaml', name, entries)] or {}
 
 # %% ../../nbs/lab/00_profiles.ipynb #f4bfc11f

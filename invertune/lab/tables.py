@@ -241,7 +241,8 @@ _HEADINGS = {'attack': 'Attack', 'defense': 'Defence', 'seeds': 'Seeds', 'ca': '
              'asr_worst': 'worst ASR %', 'worst': 'worst run', 'ca_fall': 'CA fall, points', 'named': 'label named',
              'inverted_asr': 'inverted ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB',
              'ca_clean': 'CA %, clean model',
-             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
+             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'asr_over_10': 'ASR over 10, % of runs',
+             'robust_gap': 'robust gap, points', 'ca_drop': 'CA drop, points', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
              **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
 def shown_name(
@@ -334,6 +335,7 @@ class Experiment:
     command:str='' # what makes it; '': `make <word>`
     measure:Callable=None # what its stage calls for one row after another
     costs:tuple=() # patterns of cost files below results/<profile>; (): those beside its rows
+    summary:Callable=None # data -> numbers for summary.json; None: there is none
 
     def __post_init__(self):
         self.command, self.costs = self.command or f'make {self.word}', self.costs or (f'{self.word}/rows/*/cost.json',)
@@ -387,6 +389,7 @@ def write_report(
     for name, table in tables.items(): _write_table(table, folder/_file_name(name, 'table'))
     for name, figure in figures.items(): save_figure(figure, folder/_file_name(name, 'figure'))
     save_json(folder/'metrics.json', _metrics(tables['table']))
+    if experiment.summary: save_json(folder/'summary.json', experiment.summary(data))
     with atomic_path(folder/'README.md') as part: part.write_text(_page(experiment, profile, data, tables),
         encoding='utf-8')
     return tables, figures, experiment.said(data)

@@ -160,7 +160,7 @@ CLAIMS = {  # an experiment's word -> what its results show
     'seeds': 'The same for clean models, targets and triggers that nobody looked at before',
     'selection': 'How every hyper-parameter was chosen, on a seed and targets that no table reports',
     'durability': 'How much of a removed backdoor fine-tuning on clean pairs brings back',
-    'unseen': 'Triggers that no defense was made for, two backdoors at once, a ViT',
+    'unseen': 'A population of drawn triggers that no defense was made for, read on held-out kinds',
     'ablations': 'What carries the result, part by part',
     'scarce': 'How few clean images are enough',
     'domains': 'What clean images of another domain do',

@@ -89,7 +89,7 @@ def _from_file(stage:str, given:dict)->dict:
     "What params.yaml says for this run."
     params = stage_params(stage, given.get('profile'))
     if stage == 'data': return {'profile': params['profile']}
-    if 'attack' in given: params['recipe'] = named_params('attacks', given['attack'], params['profile'])
+    if 'attack' in given and 'recipe' not in params: params['recipe'] = named_params('attacks', given['attack'], params['profile'])
     if 'defense' in given: params['settings'] = named_params('defenses', given['defense'], params['profile'])
     return params
 
