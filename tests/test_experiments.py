@@ -10,7 +10,7 @@ from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, load_params, named
 from invertune.lab.tables import Experiment
 from invertune.lab.zoo import zoo_group
 
-HELPERS = {'durability': ['relearn'], 'verdict': ['clean_cost']}
+HELPERS = {'verdict': ['clean_cost']}
 
 
 def of(word): return getattr(importlib.import_module(f'invertune.lab.{word}'), word)

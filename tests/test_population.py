@@ -4,7 +4,7 @@ import torch
 
 import invertune.lab.population as population
 from invertune.attacks import Setup, demo_split
-from invertune.lab.population import POPULATION, draw_trigger, register_kind
+from invertune.lab.population import POPULATION, draw_trigger, _register_kind
 from invertune.lab.profiles import load_params
 from invertune.model import pixels
 from invertune.runtime import InvertuneError
@@ -125,8 +125,8 @@ def test_compression_lets_the_gradient_through():
 @pytest.mark.parametrize('call, words', [
     (lambda: draw_trigger('waves', 0, 32), "unknown kind 'waves'"),
     (lambda: draw_trigger('wave', 0, 32, 2.), r'lies in \(0, 1\]'),
-    (lambda: draw_trigger('attention', 0, 32), 'give a setup'), (lambda: register_kind('mine', 'colours'), 'group'),
-    (lambda: register_kind('wave', 'pattern')(lambda gen, side, strength: None), 'is there already')])
+    (lambda: draw_trigger('attention', 0, 32), 'give a setup'), (lambda: _register_kind('mine', 'colours'), 'group'),
+    (lambda: _register_kind('wave', 'pattern')(lambda gen, side, strength: None), 'is there already')])
 def test_what_can_not_be_drawn_is_refused(call, words):
     with pytest.raises(InvertuneError, match=words): call()
 
@@ -134,7 +134,7 @@ def test_what_can_not_be_drawn_is_refused(call, words):
 def test_a_kind_of_a_reviewer(monkeypatch):
     "One function under a decorator is all."
     monkeypatch.setattr(population, 'POPULATION', dict(POPULATION))
-    @register_kind('mine', 'pattern')
+    @_register_kind('mine', 'pattern')
     def mine(gen, side, strength): return POPULATION['wave'](gen, side, strength)
     assert (mine.group, mine.poison) == ('pattern', 'target')
     assert draw_trigger('mine', 0, 32).meta['population'] == 'mine'

@@ -38,8 +38,10 @@ def test_both_clean_models_are_used_and_the_stage_depends_on_them():
     from invertune.lab.profiles import ROOT, read_yaml
     params, stages = load_params()['unseen'], read_yaml((ROOT/'dvc.yaml').read_text(), 'dvc.yaml')['stages']
     deps = stages['unseen']['deps']
-    for seed in params['victims']: assert f'results/${{item.profile}}/train/{seed}/model.safetensors' in deps
-    assert {unseen_module._parts(name)[1] % len(params['victims']) for name in params['attacks']} == {0, 1}
+    for seed in sum(params['victims'].values(), []):
+        assert f'results/${{item.profile}}/train/{seed}/model.safetensors' in deps
+    assert not {*params['victims']['development']} & {*params['victims']['held_out']}
+    assert {unseen_module._parts(name)[1] % 2 for name in params['attacks']} == {0, 1}
 
 
 def test_the_drawn_part_is_half_and_half():
