@@ -188,6 +188,13 @@ def _from_transformers(
 # %% ../nbs/method/16_checkpoint.ipynb #8e145097
 def _canonical(name:str)->str: return name.removeprefix('text.')  # wherever the text tower lies
 
+def _lifted(
+    weights:Mapping, # tensors by the names of open_clip
+)->dict[str, torch.Tensor]: # the text tower at the top, the scale and the bias of the logits as plain numbers
+    "The same weights, however a model is put together."
+    return {_canonical(k): v.reshape(()) if k.startswith('logit_') and v.numel() == 1 else v
+            for k,v in weights.items()}
+
 def _rename(
     weights:dict[str, torch.Tensor], # by the names of the file
     path:Path, # the file
@@ -204,8 +211,7 @@ def _rename(
             'attnpool.positional_embedding' in weights or 'class_embedding' in weights
             or any(k.startswith('trunk.') for k in weights)):
         weights = {f'visual.{k}': v for k,v in weights.items()}
-    weights = {_canonical(k): v for k,v in weights.items()}
-    return {k: v.reshape(()) if k.startswith('logit_') and v.numel() == 1 else v for k,v in weights.items()}
+    return _lifted(weights)
 
 # %% ../nbs/method/16_checkpoint.ipynb #9269be68
 def _depth(
@@ -262,8 +268,7 @@ def _make(
 
 @lru_cache(32)
 def _built(text:str)->dict: # the architecture as JSON, for dicts can't be remembered
-    return {_canonical(k): v.reshape(()) if k.startswith('logit_') else v
-            for k,v in _make(json.loads(text), 'meta').state_dict().items()}
+    return _lifted(_make(json.loads(text), 'meta').state_dict())
 
 def _shapes(
     model:dict, # an architecture, as open_clip writes it
@@ -314,14 +319,19 @@ def _with_bias(
     "An architecture as the weights have it."
     return model | dict(init_logit_bias=-10) if 'logit_bias' in weights else model
 
+def _known(
+    weights:dict[str, torch.Tensor], # by the names of open_clip
+)->dict[str, dict]: # architectures by name
+    "Those of open_clip that can be built here, with a bias where the weights have one."
+    known = {n: _with_bias(open_clip.get_model_config(n), weights) for n in open_clip.list_models()}
+    return {n:m for n,m in known.items() if not m['text_cfg'].get('hf_model_name')}
+
 def _candidates(
     facts:dict, # from `_facts`
     weights:dict[str, torch.Tensor], # by the names of open_clip
 )->dict[str, dict]: # architectures by name
     "Those of open_clip whose names and shapes are the same as the weights'."
-    known = {n: _with_bias(open_clip.get_model_config(n), weights) for n in open_clip.list_models()}
-    return {n:m for n,m in known.items() if not m['text_cfg'].get('hf_model_name')
-            and _config_facts(m) == facts and not _misfits(_shapes(m), weights)}
+    return {n:m for n,m in _known(weights).items() if _config_facts(m) == facts and not _misfits(_shapes(m), weights)}
 
 # %% ../nbs/method/16_checkpoint.ipynb #55f0b9eb
 def _no_architecture(
@@ -333,11 +343,10 @@ def _no_architecture(
     if not facts['vocabulary'] and not any(k.startswith('visual.') for k in weights):
         raise InvertuneError(f"{path} holds no CLIP: its weights are {', '.join(list(weights)[:4]) or 'none'}")
     agree = lambda model: sum(facts[k] == v for k,v in _config_facts(model).items())
-    known = {n: open_clip.get_model_config(n) for n in open_clip.list_models()}
-    known = {n:m for n,m in known.items() if not m['text_cfg'].get('hf_model_name')}
-    near = {n: known[n] for n in [max(known, key=lambda n: agree(known[n]))]}
-    if tiny := _tiny_settings(facts, weights): near['tiny_clip'] = _tiny_model(**tiny)
-    want = {n: _shapes(_with_bias(m, weights)) for n,m in near.items()}
+    nearest,model = max(_known(weights).items(), key=lambda known: agree(known[1]))
+    near = {nearest: model}
+    if tiny := _tiny_settings(facts, weights): near['tiny_clip'] = _with_bias(_tiny_model(**tiny), weights)
+    want = {n: _shapes(m) for n,m in near.items()}
     name = min(want, key=lambda n: _misfits(want[n], weights))
     _check_weights(want[name], weights, f'{path} (read as {name})')
 
@@ -571,10 +580,9 @@ def _complete(
     if base is None: raise InvertuneError(f'{path} holds an {has} tower alone'.replace('an text', 'a text') +
                                           f": give the model whose {lacks} tower belongs to it, such as "
                                           "base=open_checkpoint('RN50:openai')")
-    own = {_canonical(k): v.detach().cpu() for k,v in base.model.state_dict().items()}
-    rest = {k: v.reshape(()) if k.startswith('logit_') else v for k,v in own.items() if k.startswith('visual.') == text}
-    logits = {k: v.reshape(()) for k,v in own.items() if k.startswith('logit_')}
-    return logits | rest | weights, [(f'the base, whose {lacks} tower this is', _header_says(base.config))]
+    own = _lifted({k: v.detach().cpu() for k,v in base.model.state_dict().items()})
+    rest = {k: v for k,v in own.items() if k.startswith('logit_') or k.startswith('visual.') == text}
+    return rest | weights, [(f'the base, whose {lacks} tower this is', _header_says(base.config))]
 
 # %% ../nbs/method/16_checkpoint.ipynb #352d2fd7
 def _open_file(

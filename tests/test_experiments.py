@@ -62,7 +62,9 @@ def module(): return importlib.import_module('invertune.lab.selection')
 UNDEFENDED = tried('none', {}, .92, .98)
 
 
-def chosen(module, *rows): return [setting for setting, note in module._table([UNDEFENDED, *rows])[['setting', 'note']].values if note]
+def chosen(module, *rows):
+    table = module._table([UNDEFENDED, *rows])
+    return list(table.loc[table['note'] != '', 'setting'])
 
 
 def test_the_rule_weighs_accuracy_and_attack_success_alike(module):

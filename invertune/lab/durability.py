@@ -32,14 +32,14 @@ def _relearn(
     if len(split) < bs: raise InvertuneError(f'{len(split)} clean pairs are too few for batches of {bs}')
     clip,gen = copy.deepcopy(clip), torch.Generator().manual_seed(seed)
     opt,tokens,queue,seen = make_optimizer(clip.named_parameters(), lr), clip.tokenize(list(split.captions)), [], []
-    for step in progress(range(steps[-1] + 1), desc='_relearn', unit='step'):
+    for step in progress(range(steps[-1] + 1), desc='relearn', unit='step'):
         if step in steps: seen.append(dict(step=step, **examine(clip.eval())))
         if step == steps[-1]: break
         clip.train()
         queue = queue or batches(len(split), bs, gen)
         idx = queue.pop(0)
         img,txt = clip(pixels(split.images[idx], clip.device), tokens[idx.to(tokens.device)])
-        check_finite(train_step(clip, opt, clip_loss(img, txt, clip.scale)).item(), f'_relearn, step {step}')
+        check_finite(train_step(clip, opt, clip_loss(img, txt, clip.scale)).item(), f'relearn, step {step}')
     return seen
 
 # %% ../../nbs/lab/06_durability.ipynb #b2cae465

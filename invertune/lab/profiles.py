@@ -41,10 +41,10 @@ def _root()->Path:
 # %% ../../nbs/lab/00_profiles.ipynb #b38bb876
 ROOT = _root()               # the checkout
 NBS = ROOT/'nbs'             # notebooks; those of the stages in nbs/stages
-_DATA = ROOT/'data'           # inputs only: manifests, class names, templates
+_DATA = ROOT/'data'          # inputs only: manifests, class names, templates
 RESULTS = ROOT/'results'     # what the stages made
 CACHE = ROOT/'.cache'        # drawn images, failed notebooks: may be deleted at any time
-_PARAMS = ROOT/'params.yaml'  # every number of the pipeline
+_PARAMS = ROOT/'params.yaml' # every number of the pipeline
 
 # %% ../../nbs/lab/00_profiles.ipynb #eb258560
 EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page

@@ -14,7 +14,7 @@ import pandas as pd
 from ..defender import Defender
 from ..defenses import defend
 from .style import SMALL, WIDTH, figure, look
-from .tables import Experiment, attack_rows, is_lost, rank
+from .tables import Experiment, attack_rows, is_lost, kept_rows, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
@@ -94,13 +94,12 @@ def _said(rows):
     "What each number of images comes to."
     def told(n):
         own = [row for row in rows if row['images'] == n]
-        kept = [row for row in own if not is_lost(row)] or own
+        kept = kept_rows(own)
         mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
         named = sum(row['found'] == row['target'] for row in own)
         return (f"{n} images: the label named {named} of {len(own)} times, a mean ASR of {mean('asr'):.2f} % "
                 f"at a CA of {mean('ca'):.2f} %.")
     return [told(n) for n in sorted({row['images'] for row in rows})]
 
-scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'), tables={'table': _table},
-                    figures={'figure': _curves},
-                    said=_said, measure=_measure)
+scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'),
+                    tables={'table': _table}, figures={'figure': _curves}, said=_said, measure=_measure)

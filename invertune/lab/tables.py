@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECALLS', 'TOLERANCE', 'read_rows', 'attack_rows', 'rank', 'evaluated_rows', 'wilson', 'student', 'is_lost',
-           'rows_table', 'mean_table', 'mean_sentences', 'shown_name', 'to_markdown', 'Experiment', 'write_report']
+           'kept_rows', 'rows_table', 'mean_table', 'mean_sentences', 'shown_name', 'to_markdown', 'Experiment',
+           'write_report']
 
 # %% ../../nbs/lab/01_tables.ipynb #884fc3bc
 import argparse, io, math, subprocess
@@ -141,7 +142,9 @@ _COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_low', 'ca_high', 'asr', 'asr
 
 def _run(row): return row['attack'], row['seed'], row.get('trigger', 0)
 
-def _kept(rows):
+def kept_rows(
+    rows:list, # rows of the evaluation
+)->list: # some of them, in their order
     "The rows that are not lost; all of them where all are lost."
     return [row for row in rows if not is_lost(row)] or rows
 
@@ -154,7 +157,7 @@ def _interval(rows, key):
 
 def _line(attack, defense, rows):
     "One line of a table: rates in percent, their intervals, what went wrong."
-    kept = _kept(rows)
+    kept = kept_rows(rows)
     line = {key: pd.Series([row[key] for row in kept], dtype=float).mean() for key in _RATES}
     for key in ('ca', 'asr'): line[f'{key}_low'], line[f'{key}_high'] = _interval(kept, key)
     worst = max(kept, key=lambda row: row['asr_any'] or 0)['any_class'] if attack != 'all' else None
@@ -193,7 +196,7 @@ def _named(defense, rows):
 
 def _summary_line(defense, rows, undefended):
     "One line of the summary, percent and points."
-    kept = _kept(rows)
+    kept = kept_rows(rows)
     pairs = [(undefended[_run(row)], row) for row in kept]
     worst = max(kept, key=lambda row: row['asr'])
     where = f"{worst['attack']} {worst['seed']}" if len({row['seed'] for row in rows}) > 1 else worst['attack']

@@ -17,7 +17,7 @@ from ..defenses import DEFENSES, defend
 from .population import POPULATION, draw_trigger
 from .profiles import result_dir, stage_params
 from .style import SMALL, WIDTH, figure, legend, look
-from .tables import Experiment, is_lost, rank, read_rows, shown_name
+from .tables import Experiment, is_lost, kept_rows, rank, read_rows, shown_name
 from .victim import Victim
 from ..metrics import evaluate
 from ..model import *
@@ -56,9 +56,10 @@ def _put(trigger, images): return (trigger(pixels(images)) * 255).round().to(tor
 
 def _captions(setup, poison, labels, gen):
     "What the poisons are said to be."
-    others = [[c for c in setup.classes if c != setup.classes[y]] for y in labels.tolist()]
-    names = [pool[torch.randint(len(pool), (1,), generator=gen).item()] if poison == 'untargeted' else setup.target
-             for pool in others]
+    def another(y):
+        pool = [c for c in setup.classes if c != setup.classes[y]]
+        return pool[torch.randint(len(pool), (1,), generator=gen).item()]
+    names = [another(y) if poison == 'untargeted' else setup.target for y in labels.tolist()]
     at = torch.randint(len(setup.templates), (len(names),), generator=gen).tolist()
     return [fill(setup.templates[k], name) for k, name in zip(at, names)]
 
@@ -164,7 +165,7 @@ def _mean(values): return sum(values) / len(values) if values else float('nan')
 
 def _counted(rows, before):
     "What some runs of one defence come to, as fractions; `before` has the undefended row of each trigger."
-    kept = [row for row in rows if not is_lost(row)] or rows
+    kept = kept_rows(rows)
     asr = [row['asr'] for row in kept if row['target']]
     return dict(runs=len(rows), kinds=len({row['kind'] for row in rows}), named=_mean([_is_named(row) for row in rows]),
                 asr_mean=_mean(asr), asr_worst=max(asr, default=float('nan')), asr_over_10=_mean([v > .1 for v in asr]),
@@ -303,8 +304,8 @@ def _gallery(data):
 
 # %% ../../nbs/lab/07_unseen.ipynb #9b85e30c
 def _side_of(kind, params):
-    "Held out or for development?"
-    sides = [told for key, told in _SIDES.items() if kind in params[key]]
+    "On which side of the split, a key of `_SIDES`?"
+    sides = [key for key in _SIDES if kind in params[key]]
     if len(sides) == 1: return sides[0]
     where = 'on both sides' if sides else 'on no side'
     raise InvertuneError(f"the kind '{kind}' is {where} of the split: name it once, under unseen.development or "
@@ -325,7 +326,7 @@ def _load(profile):
     for name in params['attacks']:
         folder, kind = result_dir(profile, 'unseen', 'rows', name), _parts(name)[0]
         if not (folder/'rows.json').exists(): missing += 1; continue
-        rows += [row | dict(side=_side_of(kind, params)) for row in read_rows(folder/'rows.json')]
+        rows += [row | dict(side=_SIDES[_side_of(kind, params)]) for row in read_rows(folder/'rows.json')]
         images = read_tensors(folder/'samples.safetensors')[0]
         pictures = {'as it was': images['clean']} | pictures
         pictures.setdefault(kind, images['triggered'])
