@@ -11,30 +11,22 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 from .defender import Case
 from .metrics import embed
-from .runtime import InvertuneError
+from .model import pixels
+from .runtime import check_choice, progress
 from .search import *
 from .triggers import *
 
 # %% ../nbs/method/11_identify.ipynb #5479e9d2
-def _drifted(case, trigger, steps, seed, n):
-    "A universal perturbation that drives embeddings away from the clean ones, wherever that leads."
-    images,f,_ = case.part('fit', n)
-    clean = f.to(case.clip.device)
-    drift = lambda f,idx: (f * clean[idx.to(f.device)]).sum(1).mean()
-    return universal_perturbation(case.clip, images, trigger, drift, steps, seed=seed)
-
 def _simulate(
     case:Case, # the model under test and clean images
-    trigger:Trigger, # to start from, left as it is
-    steps:int=30, # of the UAP
-    seed:int=0, # of its batches
-    n:int=512, # images to make it on, and images to measure it on, at most
+    trigger:Trigger, # what moves the images
+    seed:int=0, # what it was made with, for the record
+    n:int=512, # images to measure it on, at most
 )->dict: # family, seed, clean_share [C], adv_share [C]
-    "One adversarial simulation: made on some images, measured on others."
+    "Where a perturbation sends the images of `select`."
     images,f,_ = case.part('select', n)
-    hit = embed(case.clip, images, _drifted(case, trigger, steps, seed, n))
     return dict(family=trigger.meta['family'], seed=seed, clean_share=class_shares(f, case.head),
-                adv_share=class_shares(hit, case.head))
+                adv_share=class_shares(embed(case.clip, images, trigger), case.head))
 
 def _gain(simulation): return simulation['adv_share'] - simulation['clean_share']
 
@@ -84,43 +76,51 @@ def _bars(simulation, classes, most=8, wide=120):
     return page
 
 # %% ../nbs/method/11_identify.ipynb #16d97a9e
+_UAP_AREA,_UAP_MARGIN = .03, 14 # AdvCLIP's patch: its share of the image; its margin, in pixels at 224
+
+def _uap_patch(side, seed):
+    "AdvCLIP's patch: noise at the bottom right."
+    s,m = round(side * _UAP_AREA**.5), scaled(_UAP_MARGIN, side)
+    mask,_ = patch_at(torch.zeros(3,s,s), side, side-s-m, side-s-m)
+    noise = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return Trigger('mask', dict(mask=mask, pattern=noise), family='corner')
+
 def identify_paper(
     case:Case, # the model under test and clean images
     steps:int=30, # of the UAP
     seed:int=0, # of the UAP
+    n:int=512, # images to make it on, at most
 )->Identification:
     "The paper's rule: the class that gains most under one patch."
-    start = random_perturbation('patch', case.images.shape[-1], seed)
-    found = _simulate(case, start, steps, seed)
+    images,f,_ = case.part('fit', n)
+    clean = f.to(case.clip.device)
+    drift = lambda f,idx: (f * clean[idx.to(f.device)]).sum(1).mean()
+    made = universal_perturbation(case.clip, images, _uap_patch(case.images.shape[-1], seed), drift, steps, seed=seed)
+    found = _simulate(case, made, seed)
     target = _gain(found).argmax().item()
     sure = torch.nn.functional.one_hot(torch.tensor(target), len(case.classes)).float()
-    return Identification(case.classes, target, 'patch', sure, [found], [])
+    return Identification(case.classes, target, 'corner', sure, [found], [])
 
 # %% ../nbs/method/11_identify.ipynb #af4bc689
-_SIMULATIONS = ('patch','place','blend','smooth','bands','warp')
-
-def _best_patch(case, size=28, stride=28, seed=0):
-    "The patch that makes images most alike, of every place's; side and spacing in pixels at 224."
-    side = case.images.shape[-1]
-    size,stride = scaled(size, side),scaled(stride, side)
-    places = place_grid(side, size, stride)
-    found = search_places(case, places, size, alikeness_loss, alikeness, per=4, judged=8, seed=seed)
-    return found.trigger(found.best()[0], 'place')
-
-def _beginning(case, family, seed):
-    "What a simulation starts from: a random member of its family; for a `place`, the best patch."
-    if family not in _SIMULATIONS:
-        raise InvertuneError(f"unknown family of perturbations '{family}': choose one of {', '.join(_SIMULATIONS)}")
-    if family == 'place': return _best_patch(case, seed=seed)
-    return random_perturbation(family, case.images.shape[-1], seed)
+def _draws(case, families, number, n, size, stride, gen, seed):
+    "{family: (draws, embeddings [number,n,D] of images under them)}; patches at the best places; pixels at 224."
+    side,x = case.images.shape[-1], pixels(case.fit[:n], case.clip.device)
+    def members(family):
+        if family != 'place': return [random_perturbation(family, side, gen) for _ in range(number)]
+        s = scaled(size, side)
+        found = search_places(case, place_grid(side, s, scaled(stride, side)), s, alikeness_loss, alikeness,
+                              per=4, judged=8, seed=seed)
+        return [found.trigger(i, 'place') for i in found.best(4)]
+    drawn = {family: members(family) for family in families}
+    return {family: (triggers, embed_draws(case.clip, x, triggers)) for family,triggers in drawn.items()}
 
 # %% ../nbs/method/11_identify.ipynb #ecf5e359
 def shortcut(
     case:Case, # the model under test and clean images
     index:int, # the class asked about
     trigger:Trigger, # to start from, left as it is
-    steps:int=15, # sign steps
-    bs:int=32, # images a step
+    steps:int=8, # sign steps
+    bs:int=16, # images a step
     seed:int=0, # of the batches
     n:int=128, # images to measure on, at most
 )->float: # mean log probability of the class; the higher, the shorter the way
@@ -135,22 +135,44 @@ def _beyond_chance(gap):
     return (gap + gap.min().clamp(max=0)).clamp(min=0)
 
 # %% ../nbs/method/11_identify.ipynb #42abcae4
+def _asked(case, sims, gap, named, least, gen):
+    "Classes that a simulation or the gap names, and controls up to `least` in all."
+    many = min(named, len(case.classes))
+    told = [c for values in (*map(_gain, sims), gap) for c in values.topk(many).indices.tolist()]
+    others = torch.randperm(len(case.classes), generator=gen).tolist()
+    known = list(dict.fromkeys(told))
+    return known + [c for c in others if c not in known][:max(0, least - len(known))]
+
+def _ways(case, drawn, asked, steps, bs, seed):
+    "How far a short perturbation of each family gets towards each class: log probabilities [asked,families]."
+    def way(c, triggers, e):
+        best = triggers[log_probabilities(e, case.head)[...,c].mean(-1).argmax()]
+        return shortcut(case, c, best, steps, bs, seed)
+    return torch.tensor([[way(c, *pair) for pair in drawn.values()] for c in progress(asked, desc='ask', unit='class')])
+
 def identify(
     case:Case, # the model under test and clean images
-    families:tuple=_SIMULATIONS, # which simulations
-    steps:int=30, # of each UAP
-    named:int=2, # candidates that each simulation names
+    families:tuple=(*FAMILIES,'place'), # which simulations
+    draws:int=24, # random members of each
+    steps:int=12, # of each simulation
+    named:int=1, # candidates that each simulation and the gap name
+    least:int=8, # classes that are asked, at least: candidates and controls
+    size:float=32, # side of the patches, in pixels at 224
+    stride:float=24, # spacing of their places, in pixels at 224
     seed:int=0, # of everything
 )->Identification:
-    "Ours: every family names candidates; the way to them, and how far their texts are from their images, decide."
-    starts = {f: _beginning(case, f, seed) for f in families}
-    sims = [_simulate(case, t, steps, seed) for t in starts.values()]
-    asked = [(s['family'], c) for s in sims for c in _gain(s).topk(min(named, len(case.classes))).indices.tolist()]
-    numbers = torch.tensor([c for _,c in asked])
-    ways = torch.tensor([shortcut(case, c, starts[f], seed=seed) for f,c in asked])
-    gaps = _beyond_chance(text_image_gap(case))[numbers] / TEMPERATURE
-    scores = ways + gaps
-    family,target = asked[scores.argmax()]
-    prob = torch.zeros(len(case.classes)).index_add(0, numbers, scores.softmax(0))
-    told = [dict(index=c, family=f, gap=g, score=s) for (f,c),g,s in zip(asked, gaps.tolist(), scores.tolist())]
-    return Identification(case.classes, target, family, prob, sims, told)
+    "Ours: every family names a candidate, and so does the gap; who is easier to reach than others is the target."
+    for family in families: check_choice('family of perturbations', family, (*FAMILIES,'place'))
+    gen = torch.Generator().manual_seed(seed)
+    drawn = _draws(case, families, draws, 16, size, stride, gen, seed)
+    best = [triggers[alikeness(e).argmax()] for triggers,e in drawn.values()]
+    made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, 32, seed=seed) for t in best]
+    sims,gap = [_simulate(case, t, seed) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
+    asked = _asked(case, sims, gap, named, least, gen)
+    ways = _ways(case, drawn, asked, 8, 16, seed)
+    easier,at = (ways - ways.median(0).values).max(1)
+    scores = easier + gap[asked]
+    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s) for c,f,s in zip(asked, at, scores.tolist())]
+    prob = torch.zeros(len(case.classes)).index_add(0, torch.tensor(asked), scores.softmax(0))
+    top = scores.argmax().item()
+    return Identification(case.classes, asked[top], families[at[top]], prob, sims, told)

@@ -36,7 +36,7 @@ def inverted_asr(
 @dataclass
 class Bank(Drawn):
     "Inverted triggers, best first."
-    triggers:list # of `Trigger`; meta['family'] is 'mask' (paper), 'patch', 'blend', 'smooth', 'bands' or 'warp'
+    triggers:list # of `Trigger`; meta['family'] is 'mask' (paper), 'place' or a key of `FAMILIES`
     asr:list # inverted ASR of each on clean images that have chosen nothing, fractions
     gate:float=.7 # an inversion whose first trigger has a lower inverted ASR has failed
     limit:float=1. # an inversion whose first mask covers a larger share of the image has failed
@@ -71,11 +71,9 @@ class Bank(Drawn):
 
     def mask(self,
         i:int=0, # which trigger
-    )->torch.Tensor: # [H,W] in [0,1]; of a warp, the displacement over its greatest
+    )->torch.Tensor: # [H,W] in [0,1]
         "Where a trigger acts."
-        free,_,most = FREE_TENSORS[self[i].kind]
-        t = self[i].tensors
-        return t['mask'][0,0].cpu() if 'mask' in t else t[free][0].norm(dim=-1).cpu() / most
+        return self[i].tensors['mask'][0,0].cpu()
 
     def share(self,
         i:int=0, # which trigger
@@ -179,7 +177,7 @@ def _kept(case, target, looks, budget, limit, gate):
 # %% ../nbs/method/12_invert.ipynb #ee081c77
 def _told(case, target, bank):
     "What a report says of every bank."
-    def corner(i): return bank.mask(i).nonzero()[0].tolist() if bank.families[i] == 'patch' else None
+    def corner(i): return bank.mask(i).nonzero()[0].tolist() if bank.families[i] == 'place' else None
     each = [dict(family=f, inverted_asr=a, mask_l1=bank.mask(i).sum().item(), mask_share=bank.share(i), place=corner(i))
             for i,(f,a) in enumerate(zip(bank.families, bank.asr))]
     return dict(target=case.classes[target], inverted_asr=bank.inverted_asr, gate=bank.gate, failed=bank.failed,
@@ -200,16 +198,18 @@ def _patches(case, target, patch, stride, keep, seed, chunk):
     grid = search_places(case, place_grid(side, size, step), size, *goal, seed=seed, chunk=chunk)
     near = _neighbours([grid.places[i] for i in grid.best(keep)], step//2, side-size)
     fine = search_places(case, near, size, *goal, per=4, judged=32, seed=seed+1, chunk=chunk)
-    return [fine.trigger(i) for i in fine.best(keep)], grid
-
-# %% ../nbs/method/12_invert.ipynb #ec11d87f
-def _stronger_bands(trigger, strength):
-    "A trigger with so many times the weight, if it is of the family `bands`."
-    if trigger.meta['family'] != 'bands': return trigger
-    mask = (strength * trigger.tensors['mask']).clamp(max=1)
-    return Trigger(trigger.kind, trigger.tensors | dict(mask=mask), **trigger.meta)
+    return [fine.trigger(i, 'place') for i in fine.best(keep)], grid
 
 # %% ../nbs/method/12_invert.ipynb #081a21d0
+def _best_draws(case, target, families, draws, keep, gen):
+    "Of every family the random members that lead to the target best."
+    side,x = case.images.shape[-1], pixels(case.fit[:16], case.clip.device)
+    def best(family):
+        drawn = [random_perturbation(family, side, gen) for _ in range(draws)]
+        scores = target_probability(case.head, target)(embed_draws(case.clip, x, drawn))
+        return [drawn[i] for i in scores.topk(min(keep, draws)).indices.tolist()]
+    return [trigger for family in families for trigger in best(family)]
+
 def _promising(case, target, triggers, least=.2):
     "Those that reach an inverted ASR, and how many that are; the best one where none does, and 0."
     asr = [inverted_asr(case, target, t, 'select', 128) for t in triggers]
@@ -220,11 +220,11 @@ def _promising(case, target, triggers, least=.2):
 def invert(
     case:Case, # the model under test and clean images
     target:int, # number of the identified class
-    patch:float=28, # side of the patches, in pixels at 224
-    stride:float=28, # spacing of the grid's places, in pixels at 224
-    keep:int=3, # places that become patches
-    families:tuple=('blend','smooth','bands','warp'), # whole-image families beside them
-    strength:float=1.4, # weight of the bands, as a multiple of that in the identification
+    families:tuple=tuple(FAMILIES), # of the dictionary
+    draws:int=32, # random members of each
+    keep:int=2, # draws of each family that are refined, and places that become patches
+    patch:float=32, # side of the patches, in pixels at 224
+    stride:float=24, # spacing of the grid's places, in pixels at 224
     trial:int=8, # sign steps before the first look
     steps:int=24, # sign steps in all
     bs:int=32, # images a step
@@ -232,12 +232,12 @@ def invert(
     seed:int=0, # of everything
     chunk:int=48, # images that go through the model at once in the scans, about
 )->Bank: # its report has the scores of the places
-    "Ours: places by a parallel scan, then patches at the best of them and one member of each whole-image family."
-    side,loss = case.images.shape[-1], target_loss(case.head, target)
+    "Ours: places by a parallel scan, draws of a broad dictionary by forward passes; the best of both are refined."
+    loss,gen = target_loss(case.head, target), torch.Generator().manual_seed(seed)
     def go_on(t, n, seed): return universal_perturbation(case.clip, case.fit, t, loss, n, bs, seed=seed)
     patches,places = _patches(case, target, patch, stride, keep, seed, chunk)
-    wholes = [_stronger_bands(random_perturbation(f, side, seed), strength) for f in families]
-    tried = [go_on(t, min(trial, steps), seed) for t in patches + wholes]
+    starts = patches + _best_draws(case, target, families, draws, keep, gen)
+    tried = [go_on(t, min(trial, steps), seed) for t in starts]
     kept,promising = _promising(case, target, tried)
     bank = _best_first(case, target, [go_on(t, max(0, steps-trial), seed+1) for t in kept], gate)
     bank.report = dict(_told(case, target, bank), tried=len(tried), promising=promising, places=places.scores.tolist())

@@ -278,14 +278,14 @@ def _restarted(
     gen:torch.Generator, # of all that is drawn
     anew:float=1., # how often, of all calls, from a random start
 )->Trigger: # another one
-    "A trigger of the same kind and strength, from another random start or as it was found."
-    free,lo,_ = FREE_TENSORS[trigger.kind]
-    made,most = dict(trigger.tensors), jitter
-    if torch.rand(1, generator=gen) < anew:
-        noise,most = torch.rand(made[free].shape, generator=gen), wander
-        made[free] = noise if lo == 0 else 2*noise-1
-    if trigger.meta['family'] == 'patch':
-        made['mask'] = _shifted(made['mask'], *torch.randint(-most, most+1, (2,), generator=gen).tolist())
+    "A trigger of the same family, a fresh draw or as it was found; a patch stays about where it was."
+    fresh,family = torch.rand(1, generator=gen) < anew, trigger.meta['family']
+    if family not in ('place','patch'):
+        return random_perturbation(family, trigger.side, gen) if fresh else trigger
+    most,made = wander if fresh else jitter, dict(trigger.tensors)
+    if fresh:
+        for name in FREE_TENSORS[trigger.kind]: made[name] = torch.rand(made[name].shape, generator=gen)
+    made['mask'] = _shifted(made['mask'], *torch.randint(-most, most+1, (2,), generator=gen).tolist())
     return Trigger(trigger.kind, made, **trigger.meta)
 
 def _shifted(
@@ -309,11 +309,14 @@ WEIGHTS = dict(
     margin=.1,       # of the embedding term: a cosine; so much nearer to the target a triggered image may come
     prototype=True)  # of the embedding term: the target is its prototype as well as its text
 MOVER = dict(
-    steps=4,         # sign steps of each step's trigger, on half of the batch; 0: those of the bank stand still
-    step_size=.12,   # as a share of the range
+    steps=3,         # sign steps of each step's trigger, on half of the batch; 0: those of the bank stand still
+    step_size=.12,   # as `FREE_TENSORS` has it
     jitter=7,        # pixels at 224 that a patch may be aside, as it was found
     wander=56,       # the same from a random start
-    anew=.5)         # share of the triggers that start at random; the others start as they were found
+    anew=.5,         # share of the triggers that start at random; the others start as they were found
+    others=.5,       # share of the batch for the dictionary: half of it for its adversarial members, half for draws
+    follow=2,        # sign steps of an adversarial member, whenever it is its turn
+    renew=5)         # turns after which it starts again, from the best of a few draws
 _STATISTICS = ('absorb','follow') # what may be done about BatchNorm's: see above
 
 def _changed(
@@ -347,6 +350,39 @@ def _moved(
     for _ in range(mover['steps']): made = sign_step(clip, x, made, loss, mover['step_size'])
     return made
 
+def _renewed(
+    clip:Clip, # the model as it is now
+    x:torch.Tensor, # pixels of clean images [n,3,H,W]
+    family:str, # a key of `FAMILIES`
+    loss:Callable, # embeddings -> scalar
+    gen:torch.Generator, # of the draws
+    step_size:float, # of the sign steps
+    draws:int=8, # of which the best one is refined
+    steps:int=6, # sign steps
+)->Trigger:
+    "An adversarial member of a family, from scratch."
+    drawn = [random_perturbation(family, x.shape[-1], gen) for _ in range(draws)]
+    made = min(zip(embed_draws(clip, x[:12], drawn), drawn), key=lambda pair: loss(pair[0]).item())[1]
+    for _ in range(steps): made = sign_step(clip, x, made, loss, step_size)
+    return made
+
+def _others(
+    clip:Clip, # the model as it is now
+    x:torch.Tensor, # pixels of clean images [n,3,H,W]
+    pool:dict, # {family: (its adversarial member, turns)}, kept up to date
+    family:str, # whose turn it is
+    loss:Callable, # embeddings -> scalar
+    gen:torch.Generator, # of the draws
+    mover:dict, # see `MOVER`
+)->torch.Tensor: # the same under triggers of the dictionary
+    "Half of the images under an adversarial member of a family, half under a draw of any."
+    made,turns = pool.get(family, (None, 0))
+    if turns % mover['renew'] == 0: made = _renewed(clip, x, family, loss, gen, mover['step_size'])
+    for _ in range(mover['follow']): made = sign_step(clip, x, made, loss, mover['step_size'])
+    pool[family] = made,turns+1
+    lot = list(FAMILIES)[torch.randint(len(FAMILIES), (1,), generator=gen).item()]
+    return torch.cat([made(x[:len(x)//2]), random_perturbation(lot, x.shape[-1], gen)(x[len(x)//2:])])
+
 # %% ../nbs/method/13_tune.ipynb #fa0b08f9
 def _warm_adamw(
     clip:Clip, # its image tower is trained
@@ -357,56 +393,52 @@ def _warm_adamw(
     opt = torch.optim.AdamW(clip.model.visual.parameters(), lr=lr, weight_decay=1e-4, fused=True)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: cosine_lr(step, steps, 1., max(1, steps//10)))
 
-def _tune_once(
-    tuned:Clip, # trained in place
-    case:Case, # the model as received, and the defender's images
+def _step_triggered(
+    tuned:Clip, # the model as it is now
+    x:torch.Tensor, # pixels of clean images [bs,3,H,W]
+    step:int, # which one
+    triggers:list, # of `Trigger`: the bank's
+    pool:dict, # see `_others`
+    heads:list, # what stands for the classes, in turn: [C,D] each
     target:int, # the identified class
-    triggers:list, # of `Trigger`
-    s:SimpleNamespace, # what `tune` was given
-    seed:int, # of the batches and the triggers
-)->tuple[dict, list]: # from `_inspect_layers` before, the terms of each step
-    "Activation tuning against triggers that keep up with the model."
-    gen,head,images = torch.Generator().manual_seed(seed), case.head.to(tuned.device), case.images
-    heads = [head, _prototypes(case.embeddings, head)] if s.weights['prototype'] else [head]
-    found,aims = _inspect_layers(tuned, images[:512], triggers[0], seed=seed), torch.stack([h[target] for h in heads])
-    (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr), []
-    for step in progress(range(s.steps), desc='tune', unit='step'):
-        x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
-        goal = target_loss(heads[step // len(triggers) % len(heads)], target)
-        trigger = _moved(tuned, x[:s.bs//2], triggers[step % len(triggers)], goal, gen, s.mover)
-        terms = _loss_terms(tuned, case.clip, x, trigger(x), found['masks'], head, aims, s.weights['margin'])
-        _optimise(opt, sum(s.weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
-        if s.follow: _follow_bn_stats(tuned, x)
-        curve.append({k: v.item() for k,v in terms.items()})
-    if s.follow: _update_bn_stats(tuned, images)
-    return found,curve
+    gen:torch.Generator, # of all that is drawn
+    mover:dict, # see `MOVER`
+)->torch.Tensor: # the same with triggers of this step
+    "A part of the images under a trigger of the bank, the rest under others."
+    goal = target_loss(heads[step // len(triggers) % len(heads)], target)
+    own,rest = x.split([n := round((1-mover['others']) * len(x)), len(x)-n])
+    made = _moved(tuned, x[:len(x)//2], triggers[step % len(triggers)], goal, gen, mover)(own)
+    if len(rest) < 2: return torch.cat([made, rest])
+    return torch.cat([made, _others(tuned, rest, pool, list(FAMILIES)[step % len(FAMILIES)], goal, gen, mover)])
 
 # %% ../nbs/method/13_tune.ipynb #29c18688
 def tune(
     case:Case, # the model under test, seen with the defender's images; a copy is tuned
     target:int, # the identified class
     bank:Bank, # inverted triggers; those that reach its gate are used
-    rounds:int=2, # tunings, with an inversion between them
-    steps:int=80, # of AdamW, each round
+    steps:int=160, # of AdamW
     lr:float=1e-3, # its peak rate
     bs:int=48, # images a step
     weights:dict={}, # of the terms; what is not named is as in `WEIGHTS`
-    mover:dict={}, # of each step's trigger; see `MOVER`
+    mover:dict={}, # of each step's triggers; see `MOVER`
     statistics:tuple=('absorb','follow'), # clean images': 'absorb' them first; they 'follow' the weights; or neither
-    search:dict={}, # of `invert`, from the second round on; its families are those of `bank`
-    seed:int=0, # of the batches, the triggers, k-means and the later inversions
-)->tuple[Clip, dict]: # the tuned model; a report, with `again`: what each later look found
-    "Ours: tune; invert again and tune against all that was found so far; and so on."
+    seed:int=0, # of the batches, the triggers and k-means
+)->tuple[Clip, dict]: # the tuned model, a report
+    "Ours: tune against triggers that keep up with the model."
     if not bank.passed: raise InvertuneError(f'{bank.failed}; there is nothing to tune against')
     s = _settings(steps, lr, bs, weights, mover, statistics)
-    search = dict(families=tuple(f for f in dict.fromkeys(bank.families) if f != 'patch'), gate=bank.gate) | search
     tuned = _absorb_bn_stats(case.clip, case.images) if s.absorb else copy.deepcopy(case.clip).eval()
-    triggers,again = bank.above(bank.gate).triggers, []
-    found,curve = _tune_once(tuned, case, target, triggers, s, seed)
-    for k in range(1, rounds):
-        more = invert(Case(tuned, case.defender, case.seed), target, seed=seed+k, **search)
-        again.append(dict(inverted_asr=more.inverted_asr, family=more.families[0]))
-        triggers = more.triggers + triggers
-        curve += _tune_once(tuned, case, target, triggers, s, seed+k)[1]
-    curve = [dict(step=i+1, **c) for i,c in enumerate(curve)]
-    return tuned,_tuning_report(tuned, case, bank[0], found, curve) | dict(again=again)
+    triggers,pool,gen = bank.above(bank.gate).triggers, {}, torch.Generator().manual_seed(seed)
+    head,images = case.head.to(tuned.device), case.images
+    heads = [head, _prototypes(case.embeddings, head)] if s.weights['prototype'] else [head]
+    found,aims = _inspect_layers(tuned, images[:512], triggers[0], seed=seed), torch.stack([h[target] for h in heads])
+    (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr), []
+    for step in progress(range(s.steps), desc='tune', unit='step'):
+        x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
+        x2 = _step_triggered(tuned, x, step, triggers, pool, heads, target, gen, s.mover).detach()
+        terms = _loss_terms(tuned, case.clip, x, x2, found['masks'], head, aims, s.weights['margin'])
+        _optimise(opt, sum(s.weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
+        if s.follow: _follow_bn_stats(tuned, x)
+        curve.append(dict(step=step+1) | {k: v.item() for k,v in terms.items()})
+    if s.follow: _update_bn_stats(tuned, images)
+    return tuned,_tuning_report(tuned, case, bank[0], found, curve)

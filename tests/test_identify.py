@@ -7,28 +7,31 @@ import torch
 from invertune import identify as step1
 from invertune.attacks import demo_split
 from invertune.defender import Case
-from invertune.identify import _SIMULATIONS, identify, identify_paper, shortcut, _simulate
+from invertune.identify import identify, identify_paper, shortcut, _simulate
 from invertune.runtime import InvertuneError
-from invertune.search import random_perturbation
+from invertune.search import FAMILIES, random_perturbation
 
 
 @pytest.fixture(scope='module')
 def case(small): return Case(small.bad, small.defender)
 
 
-def one(case, **kw): return identify(case, families=['patch'], steps=1, named=len(case.classes), **kw)
+QUICK = dict(draws=4, steps=2, stride=56)
+
+
+def one(case, **kw): return identify(case, families=['patch'], named=len(case.classes), **QUICK, **kw)
 
 
 def test_both_rules_name_the_target(small, case):
-    ours, paper = identify(case, steps=15), identify_paper(case, steps=15)
+    ours, paper = identify(case), identify_paper(case, steps=15)
     assert ours.target == paper.target == small.target and ours.name == paper.name == 'umbrella'
     assert ours.probability.sum() == pytest.approx(1) and ours.probability.argmax() == small.target
-    assert [s['family'] for s in ours.simulations] == list(_SIMULATIONS) and len(paper.simulations) == 1
-    assert len(ours.candidates) == 2*len(_SIMULATIONS) and paper.candidates == []
+    assert [s['family'] for s in ours.simulations] == [*FAMILIES, 'place'] and len(paper.simulations) == 1
+    assert len({c['index'] for c in ours.candidates}) == len(ours.candidates) == 6 and paper.candidates == []
 
 
 def test_shares_are_shares_of_images(case):
-    found = _simulate(case, random_perturbation('warp', 32), steps=2, n=40)
+    found = _simulate(case, random_perturbation('flow', 32), n=40)
     for key in ('clean_share', 'adv_share'):
         assert found[key].sum() == pytest.approx(1)
         assert all(abs(s*40 - round(s*40)) < 1e-4 for s in found[key].tolist())
@@ -36,15 +39,14 @@ def test_shares_are_shares_of_images(case):
     assert found['clean_share'].tolist() == pytest.approx([(reads == c).float().mean().item() for c in range(6)])
 
 
-def test_a_simulation_leaves_its_start_alone(case):
+def test_a_shortcut_leaves_its_start_alone(case):
     start = random_perturbation('patch', 32)
-    _simulate(case, start, steps=2)
     shortcut(case, 4, start, steps=2)
-    assert torch.equal(start.tensors['pattern'], random_perturbation('patch', 32).tensors['pattern'])
+    assert torch.equal(start.tensors['coarse'], random_perturbation('patch', 32).tensors['coarse'])
 
 
 def test_the_same_seed_says_the_same(case):
-    one, two = (identify(case, families=['place', 'warp'], steps=3, seed=1).to_dict() for _ in range(2))
+    one, two = (identify(case, families=['place', 'flow'], **QUICK, seed=1).to_dict() for _ in range(2))
     assert one == two
 
 
@@ -53,7 +55,7 @@ def test_nothing_is_chosen_on_the_images_that_are_reported_on(small, case):
     other = Case(small.bad, small.defender)
     other.images = case.images.clone()
     other.images[-len(case.test):] = demo_split(len(case.test), 5*10**6).images.flip(-1)
-    said = [identify(c, families=['place', 'bands'], steps=3).to_dict() for c in (case, other)]
+    said = [identify(c, families=['place', 'field'], **QUICK).to_dict() for c in (case, other)]
     assert not torch.equal(case.test, other.test) and said[0] == said[1]
     assert identify_paper(other, steps=3).to_dict() == identify_paper(case, steps=3).to_dict()
 
@@ -72,7 +74,7 @@ def test_it_draws_itself(case, rule):
 
 
 def test_unknown_family(case):
-    with pytest.raises(InvertuneError, match="unknown family of perturbations 'fog'"): identify(case, families=['fog'])
+    with pytest.raises(InvertuneError, match="Unknown family of perturbations 'fog'"): identify(case, families=['fog'])
 
 
 # What decides
@@ -83,7 +85,7 @@ def test_a_gap_decides_between_shortcuts_of_one_length(case, monkeypatch):
         monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.eye(6)[favoured] * .07)
         found = one(case)
         assert found.target == favoured and max(c['gap'] for c in found.candidates) == pytest.approx(1)
-        assert [c['score'] for c in found.candidates] == pytest.approx([c['gap'] - 1 for c in found.candidates])
+        assert [c['score'] for c in found.candidates] == pytest.approx([c['gap'] for c in found.candidates])
 
 
 def test_a_gap_within_chance_does_not_decide(case, monkeypatch):
@@ -93,3 +95,21 @@ def test_a_gap_within_chance_does_not_decide(case, monkeypatch):
     monkeypatch.setattr(step1, 'text_image_gap', lambda case: .02 * (torch.eye(6)[1] - torch.eye(6)[0]))
     found = one(case)
     assert found.target == 0 and all(c['gap'] == 0 for c in found.candidates)
+
+
+def test_what_leads_everywhere_says_nothing(case, monkeypatch):
+    "A family that reaches every class as easily names none; one that reaches a single class does."
+    ways = dict(field=[-.1]*6, patch=[-5., -5., -5., -1., -5., -5.])
+    monkeypatch.setattr(step1, 'shortcut', lambda case, index, t, *args: ways[t.meta['family']][index])
+    monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.zeros(6))
+    found = identify(case, families=('field', 'patch'), **QUICK)
+    assert found.target == 3 and found.family == 'patch'
+    assert {c['index']: c['score'] for c in found.candidates} == {c: pytest.approx(4. if c == 3 else 0.) for c in range(6)}
+
+
+def test_few_are_asked_of_many(small, case):
+    "Candidates, and controls up to the least number: of a thousand classes no more than of six."
+    gain = lambda c: dict(adv_share=torch.eye(1000)[c], clean_share=torch.zeros(1000))
+    many = type('Case', (), dict(classes=range(1000)))
+    asked = step1._asked(many, [gain(5), gain(5), gain(9)], torch.eye(1000)[7], 1, 8, torch.Generator().manual_seed(0))
+    assert asked[:3] == [5, 9, 7] and len(asked) == len(set(asked)) == 8

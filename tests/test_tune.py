@@ -14,8 +14,6 @@ from invertune.search import FAMILIES, random_perturbation, sign_step
 from invertune.triggers import Trigger
 from invertune.tune import _absorb_bn_stats, _inspect_layers, _prototypes, _select_layers, tune, tune_paper, _update_bn_stats
 
-SEARCH = dict(steps=1, stride=112, families=())
-
 
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
@@ -48,7 +46,7 @@ def bank(): return Bank([random_perturbation('patch', 32)], [1.])
 def tuned(case, bank):
     "Both tunings, once"
     before = state(case.clip), case.images.clone(), {k: v.clone() for k, v in bank[0].tensors.items()}
-    paper, ours = tune_paper(case, 4, bank, steps=3, lr=1e-3), tune(case, 4, bank, rounds=2, steps=2, search=SEARCH)
+    paper, ours = tune_paper(case, 4, bank, steps=3, lr=1e-3), tune(case, 4, bank, steps=4)
     return before, dict(paper=paper, ours=ours)
 
 
@@ -100,14 +98,14 @@ def test_ours_takes_the_statistics_of_clean_images(tuned, case):
 
 def test_statistics_as_received(case, bank):
     "Whoever asks for neither gets BatchNorm's statistics as they came."
-    clip, _ = tune(case, 4, bank, rounds=1, steps=2, statistics=())
+    clip, _ = tune(case, 4, bank, steps=2, statistics=())
     assert all(torch.equal(v, case.clip.state_dict()[k]) for k, v in clip.state_dict().items() if 'running' in k)
 
 
 def test_a_tower_without_batchnorm(defender, bank):
     "Nothing to absorb, nothing to follow; it is tuned all the same."
     vit = tiny_clip('vit', width=4, layers=(1, 1), image_size=32, text_width=32, text_layers=1, embed_dim=32, context=8)
-    clip, _ = tune(Case(vit, defender), 4, bank, rounds=1, steps=2)
+    clip, _ = tune(Case(vit, defender), 4, bank, steps=2)
     assert same(state(_absorb_bn_stats(vit, defender.images)), state(vit)) and not same(state(clip), state(vit))
 
 
@@ -129,13 +127,32 @@ def test_absorbing_changes_statistics_and_no_function(received, defender):
     assert not torch.allclose(first.running_mean, old.running_mean)
 
 
-def test_rounds(case, bank):
-    "One round is one tuning; each further one looks again and goes on from the last."
-    one, report = tune(case, 4, bank, rounds=1, steps=2)
-    assert not report['again'] and [c['step'] for c in report['curve']] == [1, 2]
-    two, report = tune(case, 4, bank, rounds=2, steps=2, search=SEARCH)
-    assert not same(state(two), state(one)) and len(report['again']) == 1
-    assert [c['step'] for c in report['curve']] == [1, 2, 3, 4]
+def test_a_batch_is_shared(case, bank):
+    "Half of it under the bank's triggers, the rest under the dictionary's; every image stays at its place."
+    x, pool, gen = pixels(case.images[:16]), {}, torch.Generator().manual_seed(0)
+    def made(step=0, **mover):
+        return step3._step_triggered(case.clip, x, step, bank.triggers, pool, [case.head], 4, gen, step3.MOVER | mover)
+    mask = bank[0].tensors['mask']
+    still = made(steps=0, others=0.)
+    assert torch.equal(still, bank[0](x)) and not pool
+    shared = made(steps=0)
+    assert torch.equal(shared[:8], still[:8]) and list(pool) == [list(FAMILIES)[0]] and pool['field'][1] == 1
+    assert shared.shape == x.shape and (shared[8:] - x[8:]).abs().amax((1, 2, 3)).min() > 0
+    for step in range(1, 13): made(step)
+    assert list(pool) == list(FAMILIES) and sum(turns for _, turns in pool.values()) == 14 and mask.sum() > 0
+
+
+def test_an_adversarial_member_keeps_up_and_starts_again(case, bank, monkeypatch):
+    "It is renewed on its first turn and after so many; between, it goes on from where it was."
+    renewed, whole = [], step3._renewed
+    monkeypatch.setattr(step3, '_renewed', lambda *a: renewed.append(turn) or whole(*a))
+    x, pool, gen, loss = pixels(case.images[:8]), {}, torch.Generator().manual_seed(0), lambda f: f.sum()
+    members = []
+    for turn in range(7):
+        step3._others(case.clip, x, pool, 'flow', loss, gen, step3.MOVER | dict(renew=3))
+        members.append(pool['flow'][0].tensors['grid'])
+    assert renewed == [0, 3, 6] and members[0].shape == members[1].shape == members[2].shape
+    assert (members[1] - members[0]).abs().max() <= step3.MOVER['follow'] * step3.MOVER['step_size'] * .05 + 1e-6
 
 
 def test_the_target_is_its_text_and_its_prototype(case, bank):
@@ -148,20 +165,19 @@ def test_the_target_is_its_text_and_its_prototype(case, bank):
         terms = step3._loss_terms(case.clip, case.clip, x, bank[0](x), masks, case.head, torch.stack(aims), 0.)
         return terms['embedding'].item()
     assert term(case.head[4], near[4]) >= max(term(case.head[4]), term(near[4])) > 0
-    still = dict(rounds=1, steps=2, mover=dict(steps=0))
+    still = dict(steps=2, mover=dict(steps=0))
     one, two = (tune(case, 4, bank, weights=dict(prototype=p), **still)[0] for p in (True, False))
     assert not same(state(one), state(two))
 
 
-def test_a_restarted_trigger_is_of_the_same_kind(case):
+def test_a_restarted_trigger_is_of_the_same_family(case):
     gen = torch.Generator().manual_seed(0)
     for family in FAMILIES:
         old = random_perturbation(family, 32, seed=1)
         kept = {k: v.clone() for k, v in old.tensors.items()}
         new, again = step3._restarted(old, 2, 2, gen), step3._restarted(old, 0, 9, gen, anew=0.)
         assert new.kind == old.kind and new.meta['family'] == family and not same(new.tensors, kept)
-        assert new.tensors.keys() == kept.keys()
-        assert same(again.tensors, kept)
+        assert new.tensors.keys() == kept.keys() and same(again.tensors, kept)
         moved = sign_step(case.clip, pixels(case.images[:4]), again, lambda f: f.sum(), .1)
         assert not same(moved.tensors, kept) and same(old.tensors, kept)  # the bank's own stands still
 
@@ -169,7 +185,7 @@ def test_a_restarted_trigger_is_of_the_same_kind(case):
 def test_a_patch_wanders_no_further_than_it_may():
     gen, mask = torch.Generator().manual_seed(0), torch.zeros(1, 1, 32, 32)
     mask[..., 28:, 28:] = 1
-    patch = Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32, generator=gen)), family='patch')
+    patch = Trigger('mask', dict(mask=mask, pattern=torch.rand(1, 3, 32, 32, generator=gen)), family='place')
     def place(anew): return step3._restarted(patch, 2, 16, gen, anew).tensors['mask'][0, 0].nonzero().min(0).values
     def aside(anew): return {tuple(place(anew).tolist()) for _ in range(300)}
     near, far = aside(0.), aside(1.)
