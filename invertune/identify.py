@@ -39,7 +39,7 @@ class Identification(Drawn):
     family:str # of the perturbation that decided
     probability:torch.Tensor # of each class to be the target, [C], sums to 1; of the paper's rule: 1 for its arg max
     simulations:list # of dict(family, seed, clean_share [C], adv_share [C])
-    candidates:list # of dict(index, family, gap, score), the higher the score the likelier; the paper's rule has none
+    candidates:list # of dict(index, family, gap, score, ways), the likelier the higher; the paper's rule has none
 
     @property
     def name(self)->str: return self.classes[self.target] # of the target
@@ -47,7 +47,7 @@ class Identification(Drawn):
     def to_dict(self)->dict: # what JSON can say, classes by name
         "For a report."
         sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share')} for s in self.simulations]
-        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','score')}
+        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','score','ways')}
                  for c in self.candidates]
         return dict(target=self.name, family=self.family, classes=self.classes, probability=self.probability.tolist(),
                     simulations=sims, candidates=named)
@@ -172,7 +172,8 @@ def identify(
     ways = _ways(case, drawn, asked, 8, 16, seed)
     easier,at = (ways - ways.median(0).values).max(1)
     scores = easier + gap[asked]
-    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s) for c,f,s in zip(asked, at, scores.tolist())]
+    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s, ways=dict(zip(families, row)))
+            for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
     prob = torch.zeros(len(case.classes)).index_add(0, torch.tensor(asked), scores.softmax(0))
     top = scores.argmax().item()
     return Identification(case.classes, asked[top], families[at[top]], prob, sims, told)

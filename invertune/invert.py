@@ -191,14 +191,14 @@ def _neighbours(places, step, last):
     return list(dict.fromkeys((inside(i+a), inside(j+b)) for i,j in places for a,b in moves))
 
 def _patches(case, target, patch, stride, keep, seed, chunk):
-    "The best places of a grid, then the best of their neighbourhood: (triggers, the `Places` of the grid)."
+    "The best places of a grid, then the best of their neighbourhood: (triggers, the scores of the grid's places)."
     side = case.images.shape[-1]
     size,step = scaled(patch, side), scaled(stride, side)
     goal = target_loss(case.head, target), target_probability(case.head, target)
     grid = search_places(case, place_grid(side, size, step), size, *goal, seed=seed, chunk=chunk)
     near = _neighbours([grid.places[i] for i in grid.best(keep)], step//2, side-size)
     fine = search_places(case, near, size, *goal, per=4, judged=32, seed=seed+1, chunk=chunk)
-    return [fine.trigger(i, 'place') for i in fine.best(keep)], grid
+    return [fine.trigger(i, 'place') for i in fine.best(keep)], grid.scores.tolist()
 
 # %% ../nbs/method/12_invert.ipynb #081a21d0
 def _best_draws(case, target, families, draws, keep, gen):
@@ -222,7 +222,8 @@ def invert(
     target:int, # number of the identified class
     families:tuple=tuple(FAMILIES), # of the dictionary
     draws:int=32, # random members of each
-    keep:int=2, # draws of each family that are refined, and places that become patches
+    keep:int=2, # draws of each family that are refined
+    places:int=2, # places that become patches
     patch:float=32, # side of the patches, in pixels at 224
     stride:float=24, # spacing of the grid's places, in pixels at 224
     trial:int=8, # sign steps before the first look
@@ -235,12 +236,12 @@ def invert(
     "Ours: places by a parallel scan, draws of a broad dictionary by forward passes; the best of both are refined."
     loss,gen = target_loss(case.head, target), torch.Generator().manual_seed(seed)
     def go_on(t, n, seed): return universal_perturbation(case.clip, case.fit, t, loss, n, bs, seed=seed)
-    patches,places = _patches(case, target, patch, stride, keep, seed, chunk)
+    patches,scores = _patches(case, target, patch, stride, places, seed, chunk) if places else ([], [])
     starts = patches + _best_draws(case, target, families, draws, keep, gen)
     tried = [go_on(t, min(trial, steps), seed) for t in starts]
     kept,promising = _promising(case, target, tried)
     bank = _best_first(case, target, [go_on(t, max(0, steps-trial), seed+1) for t in kept], gate)
-    bank.report = dict(_told(case, target, bank), tried=len(tried), promising=promising, places=places.scores.tolist())
+    bank.report = dict(_told(case, target, bank), tried=len(tried), promising=promising, places=scores)
     return bank
 
 def _best_first(case, target, triggers, gate):

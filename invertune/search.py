@@ -103,9 +103,9 @@ def _draw_picture(gen, side):
     return 'coarse', dict(mask=_everywhere(side, _within(gen, .08, .3)), coarse=pattern)
 
 def _draw_patch(gen, side):
-    "A window of 5 to 35 % of each side, anywhere, opaque or not, of any grain."
+    "A window of 5 to 35 % of each side, anywhere, some flush with the rim; opaque or not, of any grain."
     h,w = (max(2, round(side * _within(gen, .05, .35))) for _ in range(2))
-    top,left = (torch.randint(0, side-s+1, (1,), generator=gen).item() for s in (h, w))
+    top,left = (round((side-s) * min(1., max(0., _within(gen, -.1, 1.1)))) for s in (h, w))
     mask,n = torch.zeros(1,1,side,side), max(2, round(side / 2**_within(gen, 1, 5)))
     mask[..., top:top+h, left:left+w] = 1. if _coin(gen, .6) else _within(gen, .3, 1)
     return 'coarse', dict(mask=mask, coarse=torch.rand(1, 3, n, n, generator=gen))

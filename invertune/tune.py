@@ -370,18 +370,21 @@ def _others(
     clip:Clip, # the model as it is now
     x:torch.Tensor, # pixels of clean images [n,3,H,W]
     pool:dict, # {family: (its adversarial member, turns)}, kept up to date
-    family:str, # whose turn it is
+    step:int, # which one
+    families:tuple, # of the dictionary, one after another
     loss:Callable, # embeddings -> scalar
     gen:torch.Generator, # of the draws
     mover:dict, # see `MOVER`
 )->torch.Tensor: # the same under triggers of the dictionary
     "Half of the images under an adversarial member of a family, half under a draw of any."
+    family = families[step % len(families)]
     made,turns = pool.get(family, (None, 0))
     if turns % mover['renew'] == 0: made = _renewed(clip, x, family, loss, gen, mover['step_size'])
     for _ in range(mover['follow']): made = sign_step(clip, x, made, loss, mover['step_size'])
     pool[family] = made,turns+1
-    lot = list(FAMILIES)[torch.randint(len(FAMILIES), (1,), generator=gen).item()]
-    return torch.cat([made(x[:len(x)//2]), random_perturbation(lot, x.shape[-1], gen)(x[len(x)//2:])])
+    lot,half = families[torch.randint(len(families), (1,), generator=gen).item()], -(-len(x) // 2)
+    parts = [made(x[:half])] + [random_perturbation(lot, x.shape[-1], gen)(x[half:])] * (half < len(x))
+    return torch.cat(parts)
 
 # %% ../nbs/method/13_tune.ipynb #fa0b08f9
 def _warm_adamw(
@@ -399,6 +402,7 @@ def _step_triggered(
     step:int, # which one
     triggers:list, # of `Trigger`: the bank's
     pool:dict, # see `_others`
+    families:tuple, # of the dictionary
     heads:list, # what stands for the classes, in turn: [C,D] each
     target:int, # the identified class
     gen:torch.Generator, # of all that is drawn
@@ -406,10 +410,11 @@ def _step_triggered(
 )->torch.Tensor: # the same with triggers of this step
     "A part of the images under a trigger of the bank, the rest under others."
     goal = target_loss(heads[step // len(triggers) % len(heads)], target)
-    own,rest = x.split([n := round((1-mover['others']) * len(x)), len(x)-n])
-    made = _moved(tuned, x[:len(x)//2], triggers[step % len(triggers)], goal, gen, mover)(own)
-    if len(rest) < 2: return torch.cat([made, rest])
-    return torch.cat([made, _others(tuned, rest, pool, list(FAMILIES)[step % len(FAMILIES)], goal, gen, mover)])
+    n = round((1-mover['others']) * len(x)) if families else len(x)
+    made = []
+    if n: made.append(_moved(tuned, x[:len(x)//2], triggers[step % len(triggers)], goal, gen, mover)(x[:n]))
+    if n < len(x): made.append(_others(tuned, x[n:], pool, step, families, goal, gen, mover))
+    return torch.cat(made)
 
 # %% ../nbs/method/13_tune.ipynb #29c18688
 def tune(
@@ -421,6 +426,7 @@ def tune(
     bs:int=48, # images a step
     weights:dict={}, # of the terms; what is not named is as in `WEIGHTS`
     mover:dict={}, # of each step's triggers; see `MOVER`
+    families:tuple=tuple(FAMILIES), # of the dictionary, for what is not the bank's
     statistics:tuple=('absorb','follow'), # clean images': 'absorb' them first; they 'follow' the weights; or neither
     seed:int=0, # of the batches, the triggers and k-means
 )->tuple[Clip, dict]: # the tuned model, a report
@@ -435,7 +441,7 @@ def tune(
     (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr), []
     for step in progress(range(s.steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
-        x2 = _step_triggered(tuned, x, step, triggers, pool, heads, target, gen, s.mover).detach()
+        x2 = _step_triggered(tuned, x, step, triggers, pool, families, heads, target, gen, s.mover).detach()
         terms = _loss_terms(tuned, case.clip, x, x2, found['masks'], head, aims, s.weights['margin'])
         _optimise(opt, sum(s.weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
         if s.follow: _follow_bn_stats(tuned, x)

@@ -27,9 +27,8 @@ PAPER = dict(invert=dict(steps=4, limit=1., gate=0.), tune=dict(steps=3))
 SHORT = {'ft': dict(epochs=1, bs=16), 'cleanclip': dict(epochs=1, bs=16), 'par': dict(epochs=1, bs=16),
          'invertune-paper': PAPER | dict(identify=dict(steps=2)),
          'invertune-paper-given': PAPER | dict(target='umbrella'),
-         'invertune': dict(identify=dict(steps=2, families=('patch', 'warp'), named=1),
-                           invert=dict(steps=2, stride=56, families=('warp',), gate=0.),
-                           tune=dict(steps=3, search=dict(steps=2, stride=56, families=('warp',))))}
+         'invertune': dict(identify=dict(draws=4, steps=2, families=('patch', 'flow')),
+                           invert=dict(draws=4, steps=2, stride=56, families=('flow',), gate=0.), tune=dict(steps=3))}
 INVERTING = [n for n in DEFENSES if n.startswith('invertune')]
 
 
@@ -201,7 +200,7 @@ RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=
                badclip=dict(size=48, trigger_steps=60),
                badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
-CURE = dict(identify=dict(steps=15), tune=dict(steps=60, lr=5e-3, search=dict(steps=16)))
+CURE = dict(tune=dict(steps=120, lr=5e-3))
 
 
 @pytest.fixture(scope='module', params=load_params()['main']['attacks'])

@@ -97,7 +97,7 @@ DATA = dict(
                                side='held out' if r['attack'] == 'sig' else 'development') for r in grid()], missing=0,
                 pictures={name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ('as it was', *ATTACKS)}),
     ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
-                         for a in ATTACKS for v, s in (('undefended', .9), ('one round', .02), ('no margin', .1))],
+                         for a in ATTACKS for v, s in (('undefended', .9), ('whole', .02), ('no margin', .1))],
                    truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),
     scarce=[row(a, 'invertune', images=n, asr=20/n, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS
             for n in (64, 256, 1000)],

@@ -131,15 +131,16 @@ def test_a_batch_is_shared(case, bank):
     "Half of it under the bank's triggers, the rest under the dictionary's; every image stays at its place."
     x, pool, gen = pixels(case.images[:16]), {}, torch.Generator().manual_seed(0)
     def made(step=0, **mover):
-        return step3._step_triggered(case.clip, x, step, bank.triggers, pool, [case.head], 4, gen, step3.MOVER | mover)
-    mask = bank[0].tensors['mask']
+        return step3._step_triggered(case.clip, x, step, bank.triggers, pool, tuple(FAMILIES), [case.head],
+                                     4, gen, step3.MOVER | mover)
     still = made(steps=0, others=0.)
     assert torch.equal(still, bank[0](x)) and not pool
     shared = made(steps=0)
     assert torch.equal(shared[:8], still[:8]) and list(pool) == [list(FAMILIES)[0]] and pool['field'][1] == 1
     assert shared.shape == x.shape and (shared[8:] - x[8:]).abs().amax((1, 2, 3)).min() > 0
+    assert not torch.equal(made(steps=0, others=1.)[:8], still[:8])
     for step in range(1, 13): made(step)
-    assert list(pool) == list(FAMILIES) and sum(turns for _, turns in pool.values()) == 14 and mask.sum() > 0
+    assert list(pool) == list(FAMILIES) and sum(turns for _, turns in pool.values()) == 15
 
 
 def test_an_adversarial_member_keeps_up_and_starts_again(case, bank, monkeypatch):
@@ -149,7 +150,7 @@ def test_an_adversarial_member_keeps_up_and_starts_again(case, bank, monkeypatch
     x, pool, gen, loss = pixels(case.images[:8]), {}, torch.Generator().manual_seed(0), lambda f: f.sum()
     members = []
     for turn in range(7):
-        step3._others(case.clip, x, pool, 'flow', loss, gen, step3.MOVER | dict(renew=3))
+        step3._others(case.clip, x, pool, turn, ('flow',), loss, gen, step3.MOVER | dict(renew=3))
         members.append(pool['flow'][0].tensors['grid'])
     assert renewed == [0, 3, 6] and members[0].shape == members[1].shape == members[2].shape
     assert (members[1] - members[0]).abs().max() <= step3.MOVER['follow'] * step3.MOVER['step_size'] * .05 + 1e-6

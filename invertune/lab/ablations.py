@@ -12,17 +12,16 @@ import pandas as pd
 import torch
 
 from ..defender import Case
-from ..invert import Bank, invert_paper
+from ..invert import Bank, invert, invert_paper
 from .profiles import result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, look
 from .tables import Experiment, attack_rows, is_lost, kept_rows
 from ..runtime import InvertuneError, load_json, progress
-from ..search import FAMILIES, place_grid, random_perturbation
-from ..triggers import Trigger, patch_at, scaled
+from ..search import FAMILIES, random_perturbation
 from ..tune import tune, tune_paper
 
 # %% ../../nbs/lab/08_ablations.ipynb #aca54068
-_WHOLE = 'one round' # what the others are compared with
+_WHOLE = 'whole' # what the others are compared with
 
 _PARTS = { # parameters of `tune`
     _WHOLE: {},
@@ -33,6 +32,8 @@ _PARTS = { # parameters of `tune`
     'no prototype': dict(weights=dict(prototype=False)),
     'no decision term': dict(weights=dict(decision=0.)),
     'no preserving term': dict(weights=dict(preserve=0.)),
+    'bank alone': dict(mover=dict(others=0.)),
+    'dictionary alone': dict(mover=dict(others=1.)),
     'triggers that stand still': dict(mover=dict(steps=0)),
     'fresh triggers alone': dict(mover=dict(anew=1.)),
     'fresh triggers where found': dict(mover=dict(wander=7)),
@@ -46,26 +47,23 @@ def _only(bank, keep):
     at = [i for i,family in enumerate(bank.families) if keep(family)]
     return Bank([bank[i] for i in at], [bank.asr[i] for i in at], bank.gate, bank.limit)
 
-def _random_patches(side, seed, size=28):
-    "A patch of noise at every place of the grid, in random order; side and spacing in pixels at 224."
-    s, gen = scaled(size, side), torch.Generator().manual_seed(seed)
-    places = place_grid(side, s, s)
-    for i in torch.randperm(len(places), generator=gen).tolist():
-        mask, pattern = patch_at(torch.rand(3, s, s, generator=gen), side, *places[i])
-        yield Trigger('mask', dict(mask=mask, pattern=pattern), family='patch')
-
-def _uninverted(case):
-    "Random members of every family, as many patches as whole images: a bank whose inverted ASR nobody has asked for."
-    side, whole = case.images.shape[-1], [family for family in FAMILIES if family != 'patch']
-    patches = list(_random_patches(side, case.seed))
-    others = [random_perturbation(whole[i % len(whole)], side, case.seed + i) for i in range(len(patches))]
-    triggers = [trigger for pair in zip(patches, others) for trigger in pair]
+def _uninverted(case, each=8):
+    "Random members of every family: a bank whose inverted ASR nobody has asked for."
+    side,gen = case.images.shape[-1], torch.Generator().manual_seed(case.seed)
+    triggers = [random_perturbation(family, side, gen) for _ in range(each) for family in FAMILIES]
     return Bank(triggers, [1.]*len(triggers))
+
+def _others_than(family):
+    "The dictionary without a family; without patches there is no scan of places either."
+    return dict(families=tuple(f for f in FAMILIES if f != family), places=0 if family == 'patch' else 2)
+
+_LESS = {f'without {family}': _others_than(family) for family in FAMILIES} # parameters of `invert`
+_PATCHES = ('place','patch')
 
 _BANKS = { # (case, target, the bank that was inverted) -> Bank
     'best trigger alone': lambda case,target,bank: Bank(bank.triggers[:1], bank.asr[:1], bank.gate, bank.limit),
-    'patches alone': lambda case,target,bank: _only(bank, lambda family: family == 'patch'),
-    'whole images alone': lambda case,target,bank: _only(bank, lambda family: family != 'patch'),
+    'patches alone': lambda case,target,bank: _only(bank, lambda family: family in _PATCHES),
+    'whole images alone': lambda case,target,bank: _only(bank, lambda family: family not in _PATCHES),
     'published inversion': lambda case,target,bank: invert_paper(case, target),
     'no inversion': lambda case,target,bank: _uninverted(case)}
 
@@ -74,20 +72,21 @@ _PUBLISHED = 'published tuning'
 # %% ../../nbs/lab/08_ablations.ipynb #60f3babe
 def _ablate(name, case, target, bank, **params):
     "One tuning that lacks one part: (a model, None or why there was nothing to tune against)."
-    known = [*_PARTS, *_BANKS, _PUBLISHED]
+    known = [*_PARTS, *_BANKS, *_LESS, _PUBLISHED]
     if name not in known: raise InvertuneError(f"unknown ablation '{name}': choose one of {', '.join(known)}")
     own = _BANKS[name](case, target, bank) if name in _BANKS else bank
+    if name in _LESS: own = invert(case, target, **_LESS[name], seed=case.seed)
     if not own.passed: return case.clip, own.failed
     if name == _PUBLISHED: return tune_paper(case, target, own)[0], None
-    change = _PARTS.get(name, {})
+    change = dict(families=_LESS[name]['families']) if name in _LESS else _PARTS.get(name, {})
     mixed = {key: params.get(key, {}) | value if isinstance(value, dict) else value for key,value in change.items()}
-    return tune(case, target, own, **(params | mixed | dict(rounds=1)))[0], None
+    return tune(case, target, own, **(params | mixed))[0], None
 
 def _measure(victim, target, bank, variants, whole=None, params={}):
     "Rows of the undefended model, the whole defense where it is given, and each variant."
     case, rows = Case(victim.clip, victim.defender, victim.seed), victim.rows(victim.clip, 'none', variant='undefended')
     index, told = case.index(target), dict(target=target, inverted_asr=bank.inverted_asr)
-    if whole is not None: rows += victim.rows(whole, 'invertune', told | dict(failed=bank.failed), variant='all rounds')
+    if whole is not None: rows += victim.rows(whole, 'invertune', told | dict(failed=bank.failed), variant=_WHOLE)
     for name in progress(variants, desc='ablate', unit='variant'):
         made, failed = _ablate(name, case, index, bank, **params)
         rows += victim.rows(made, 'invertune', told | dict(failed=failed), variant=name)
@@ -114,7 +113,7 @@ def _identification(data):
 
 # %% ../../nbs/lab/08_ablations.ipynb #585906ac
 def _table(rows):
-    "A line a variant: means over the attacks, percent, and the difference from one whole tuning."
+    "A line a variant: means over the attacks, percent, and the difference from the whole."
     lines = {}
     for name in dict.fromkeys(row['variant'] for row in rows):
         own = [row for row in rows if row['variant'] == name]
@@ -135,7 +134,7 @@ def _strip(ax, rows, names, key):
     for y, name in enumerate(names):
         own = [row for row in rows if row['variant'] == name]
         kept = [row for row in own if not is_lost(row)]
-        shade = color if name in ('all rounds', _WHOLE) else '.45'
+        shade = color if name == _WHOLE else '.45'
         if kept: ax.barh(y, 100*np.mean([row[key] for row in kept]), .7, color=shade, alpha=.35, lw=0)
         for row in own:
             how = dict(ms=3.4, mfc='none', mec='#9a9a9a') if is_lost(row) else dict(ms=2.8, color=shade, mec='white',
@@ -158,7 +157,7 @@ def _strips(rows):
     axs[0].set_yticks(range(len(names)), names)
     lost = sum(map(is_lost, rows))
     hollow = f'; hollow: lost models ({lost})' if lost else ''
-    fig.supxlabel(f'each dot an attack, bars their means; dashed: {_WHOLE} of everything{hollow}', fontsize=SMALL)
+    fig.supxlabel(f'each dot an attack, bars their means; dashed: the whole{hollow}', fontsize=SMALL)
     return fig
 
 # %% ../../nbs/lab/08_ablations.ipynb #17747bf0
@@ -175,9 +174,9 @@ def _load(profile):
 def _said(data):
     "What costs most, and what costs nothing."
     table = _table(data['rows']).set_index('variant').drop('undefended')
-    parts = table.drop([_WHOLE, 'all rounds'], errors='ignore')
+    parts = table.drop(_WHOLE)
     worst, least = parts['asr_more'].idxmax(), parts['asr_more'].abs().idxmin()
-    told = [f"One round of everything leaves an ASR of {table.loc[_WHOLE, 'asr']:.2f} %.",
+    told = [f"The whole leaves an ASR of {table.loc[_WHOLE, 'asr']:.2f} %.",
             f"Most is lost by '{worst}' ({parts.loc[worst, 'asr_more']:+.2f} points of ASR), "
             f"least by '{least}' ({parts.loc[least, 'asr_more']:+.2f})."]
     if 'no inversion' in parts.index:

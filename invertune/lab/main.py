@@ -110,8 +110,7 @@ def _heatmap(rows):
     return fig
 
 # %% ../../nbs/lab/03_main.ipynb #d7d4bdcd
-_FAMILIES = {'patch': 'corner patch', 'place': 'patch, best place', 'blend': 'whole image',
-             'mask': 'free mask'} # in print
+_FAMILIES = {'corner': 'corner patch', 'place': 'patch, best place', 'mask': 'free mask'} # in print
 _TRUE, _OTHER = '#1f3b5c', '.78' # the true target, other classes
 
 def _gains(simulations, family):

@@ -68,14 +68,14 @@ def _steps(
     "Identification, inversion and tuning, as published and ours."
     classes = [f'{c} {d}' for c in 'red green blue gray'.split() for d in 'cat dog car cup hat pen box key'.split()]
     case = Case(clip, Defender(_images(clip, n), ['a red anchor']*n, classes, ['a photo of a {}']))
-    bank = Bank([random_perturbation(f, clip.image_size) for f in ('patch','blend')], [1.,1.])
-    kw,search = (dict(steps=steps), dict(search=dict(steps=steps))) if steps else ({}, {})
+    bank = Bank([random_perturbation(f, clip.image_size) for f in ('patch','picture')], [1.,1.])
+    kw = dict(steps=steps) if steps else {}
     return {('identify', 'published'): lambda: identify_paper(case, **kw),
             ('identify', 'ours'): lambda: identify(case, **kw),
             ('invert', 'published'): lambda: invert_paper(case, 0, **kw),
             ('invert', 'ours'): lambda: invert(case, 0, **kw),
             ('tune', 'published'): lambda: tune_paper(case, 0, bank, **kw),
-            ('tune', 'ours'): lambda: tune(case, 0, bank, **kw, **search)}
+            ('tune', 'ours'): lambda: tune(case, 0, bank, **kw)}
 
 # %% ../../nbs/lab/13_speed.ipynb #5eb880bb
 def benchmark(
