@@ -10,7 +10,7 @@ import argparse, copy, csv, io, json, os, random, signal, sys, tarfile, tempfile
 import numpy as np
 import torch
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image
@@ -20,11 +20,10 @@ from .attacks import ATTACKS
 from .defender import *
 from .defenses import defend
 from .images import _check_reading, _rgb, make_defender
-from .invert import Bank, invert, inverted_asr
+from .invert import invert
 from .metrics import embed
 from .model import *
-from .report import (Report, _check_folder, _check_writable, _controls, _facts, _model_card, _prediction_shares,
-                              _samples, _whole_folder)
+from .report import Report, _check_folder, _controls, _facts, _model_card, _prediction_shares, _samples, _whole_folder
 from .runtime import InvertuneError, atomic_path, check_choice, fill, pick_device, save_json, set_threads
 from .triggers import *
 from .verdict import Verdict, load_calibration, scan
@@ -72,7 +71,8 @@ def _as_clip(
 
 # %% ../nbs/method/20_command.ipynb #20000009
 _BUDGETS = dict(
-    quick=dict(images=200, families=('columns','blend','warp','patch of 28'), invert=dict(keep=2, steps=16), controls=2, again=False),
+    quick=dict(images=200, families=('columns','blend','warp','patch of 28'), invert=dict(keep=2, steps=16), controls=2,
+               again=False),
     normal=dict(images=500, families=None, invert={}, controls=4, again=True),
     thorough=dict(images=2000, families=None, invert={}, controls=8, again=True))
 
@@ -97,20 +97,22 @@ class _Task:
 def _budgeted(calibration:dict|None, budget:dict)->dict: # a calibration
     "The calibration, with the families that a budget allows."
     c = load_calibration() if calibration is None else calibration
-    return c if budget['families'] is None else c | dict(search=c['search'] | dict(families=budget['families']))
+    return c if budget['families'] is None else c | dict(search=dict(families=budget['families']) | c['search'])
 
 def _blind_spots(task:_Task)->list[str]:
     "What this run did not look at."
     few = task.budget['families']
     said = [f"Most of what is usually tried: this budget has {len(few)} families ({', '.join(few)})."] if few else []
     size = task.calibration['side']
-    if task.clip.image_size != size:
-        said.append(f'What is usual for models of {task.clip.image_size} pixels: the verdict was calibrated at {size}, so it is a guess.')
-    return said
+    if task.clip.image_size == size: return said
+    return [*said, f'What is usual for models of {task.clip.image_size} pixels: the verdict was calibrated at {size}, so it '
+                   'is a guess.']
 
 # %% ../nbs/method/20_command.ipynb #2000000a
 def _task(
-    model:object, images:object, names:dict, tokenizer:Callable|None, budget:str, seed:int, calibration:dict|None, force:bool, # as in `scan_model`
+    model:object, images:object, # as in `scan_model`, and so on
+    names:dict, # classes, dataset, templates
+    tokenizer:Callable|None, budget:str, seed:int, calibration:dict|None, force:bool,
 )->_Task:
     "Open the model and read the images."
     b = _BUDGETS[check_choice('budget', budget, _BUDGETS)]
@@ -118,7 +120,8 @@ def _task(
     _say('read the images')
     defender, notes = make_defender(images, clip, limit=b['images'], seed=seed, **names)
     name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
-    settings = dict(images=len(defender.images), names=len(defender.classes), budget=budget, seed=seed, device=str(clip.device))
+    settings = dict(images=len(defender.images), names=len(defender.classes), budget=budget, seed=seed)
+    settings |= dict(device=str(clip.device))
     return _Task(name, clip, defender, b, _budgeted(calibration, b), force, seed, notes, settings)
 
 # %% ../nbs/method/20_command.ipynb #2000000c
@@ -173,7 +176,8 @@ def _kept_apart(
     "Two sets of images."
     order = torch.randperm(len(defender.images), generator=torch.Generator().manual_seed(seed + 1)).tolist()
     n = max(16, round(share * len(order)))
-    part = lambda at: Defender(defender.images[at], [defender.captions[i] for i in at], defender.classes, defender.templates)
+    part = lambda at: Defender(defender.images[at], [defender.captions[i] for i in at], defender.classes,
+                               defender.templates)
     return part(order[n:]), part(order[:n])
 
 @torch.no_grad()
@@ -185,9 +189,13 @@ def _compared(
     target:int, # the label that it leads to
 )->dict: # kept, drift, asr_before, asr_after
     "What the cleaning changed, by the model's own labels."
-    head, f, g = zero_shot_head(before, held.classes, held.templates).cpu(), embed(before, held.images), embed(after, held.images)
-    read, other = (f @ head.T).argmax(1), (f @ head.T).argmax(1) != target
-    def works(clip): return (embed(clip, held.images, trigger) @ head.T).argmax(1)[other].eq(target).float().mean().item()
+    head = zero_shot_head(before, held.classes, held.templates).cpu()
+    f, g = (embed(clip, held.images) for clip in (before, after))
+    read = (f @ head.T).argmax(1)
+    other = read != target
+    def works(clip):
+        hit = (embed(clip, held.images, trigger) @ head.T).argmax(1)
+        return hit[other].eq(target).float().mean().item()
     hits = [works(c) if trigger is not None and other.any() else None for c in (before, after)]
     return dict(kept=((g @ head.T).argmax(1) == read).float().mean().item(), drift=1 - (f * g).sum(1).mean().item(),
                 asr_before=hits[0], asr_after=hits[1])
@@ -196,7 +204,8 @@ def _fresh_asr(task, tuned, target)->float|None: # inverted ASR of the best trig
     "Whether anything is left."
     if not task.budget['again']: return None
     _say('search the cleaned model')
-    return invert(Case(tuned, task.defender, task.seed), target, seed=task.seed + 1, **task.budget['invert']).inverted_asr
+    case = Case(tuned, task.defender, task.seed)
+    return invert(case, target, seed=task.seed + 1, **task.budget['invert']).inverted_asr
 
 # %% ../nbs/method/20_command.ipynb #20000011
 def _clean(
@@ -215,15 +224,19 @@ def _clean(
         if found['target'] != verdict.target: task.notes.append(
             f"the verdict names '{verdict.target}', the identification '{found['target']}': the latter was removed")
         rows = _controls(case, target, bank[0], task.budget['controls']) if len(bank) else []
-        samples, told = (_samples(case, bank[0]) if len(bank) else []), _told(task, tuned, held, found, target)
-    else: told = _compared(task.clip, tuned, held, None, 0) | dict(asr_again=None, removed=True, failed=None, layers={}, layers_after={})
+        samples = _samples(case, bank[0]) if len(bank) else []
+        told = _told(task, case, tuned, held, found, target)
+    else: told = _compared(case.clip, tuned, held, None, 0) | _UNTOUCHED
     shares = _prediction_shares(case, bank[0] if bank else None)
-    return tuned, Report(_facts(verdict, task.name, shares, task.settled(), task.notes, blind, bank, rows, told), samples, verdict, bank)
+    facts = _facts(verdict, task.name, shares, task.settled(), task.notes, blind, bank, rows, told)
+    return tuned, Report(facts, samples, verdict, bank)
 
-def _told(task, tuned, held, found, target)->dict: # for a report
-    "What the removal did, and whether it is one: no rebuilt trigger, old or new, leads half of the images to the label."
+_UNTOUCHED = dict(asr_again=None, removed=True, failed=None, layers={}, layers_after={})
+
+def _told(task, case, tuned, held, found, target)->dict: # for a report
+    "What the removal did; it is one where no rebuilt trigger, old or new, leads half of the images to the label."
     bank = found['bank']
-    c = _compared(task.clip, tuned, held, bank[0] if len(bank) else None, target)
+    c = _compared(case.clip, tuned, held, bank[0] if len(bank) else None, target)
     again = None if found['failed'] else _fresh_asr(task, tuned, target)
     removed = not found['failed'] and max(c['asr_after'] or 0, again or 0) < .5
     layers = {k: found['tuning'].get(k, {}) for k in ('layers','layers_after')}
@@ -266,7 +279,11 @@ def _square(picture:Image.Image, side:int)->torch.Tensor: # pixels [1,3,side,sid
 def _read_picture(path:str|Path)->Image.Image: # RGB
     "One picture, or a sentence."
     try: return _rgb(Path(path).read_bytes())
-    except Exception as e: raise InvertuneError(f'{path} cannot be read as a picture ({" ".join(str(e).split())[:90]})') from e
+    except Exception as e: raise _no_picture(path, e) from e
+
+def _no_picture(path:object, e:Exception)->InvertuneError: # to be raised; a damaged file can raise anything
+    "What is said of a file that is no picture."
+    return InvertuneError(f'{path} cannot be read as a picture ({" ".join(str(e).split())[:90]})')
 
 def _draw_attacks(
     picture:Image.Image, # RGB
@@ -277,9 +294,9 @@ def _draw_attacks(
     x, rows, titles = _square(picture, side), [], []
     for name in _DRAWN:
         y = _DRAWN[name](side, seed)(x)
-        rows.append([y[0], ((y-x)[0] / (y-x).abs().max().clamp(min=1e-6)) / 2 + .5]); titles.append([name, 'difference'])
-    pair = lambda a, i: a[i] + (a[i+1] if i+1 < len(a) else [])
-    return tile_rows([pair(rows, i) for i in range(0, len(rows), 2)], [pair(titles, i) for i in range(0, len(rows), 2)], 128)
+        rows.append([y[0], (y-x)[0] / (y-x).abs().max().clamp(min=1e-6) / 2 + .5]); titles.append([name, 'difference'])
+    pairs = lambda a: [sum(a[i:i+2], []) for i in range(0, len(a), 2)]
+    return tile_rows(pairs(rows), pairs(titles), 128)
 
 # %% ../nbs/method/20_command.ipynb #20000017
 _STATEMENT = '''This copy of a training set holds a backdoor, planted for research on defenses.
@@ -299,12 +316,13 @@ class _Poison:
 
     def __post_init__(self):
         if self.attack in ATTACKS and self.attack not in _DRAWN:
-            raise InvertuneError(f"the trigger of '{self.attack}' is made for one model, so it cannot be planted without it: "
-                                 f"choose from {', '.join(_DRAWN)}")
+            raise InvertuneError(f"the trigger of '{self.attack}' is made for one model, so it cannot be planted without "
+                                 f"it: choose from {', '.join(_DRAWN)}")
         check_choice('attack', self.attack, _DRAWN)
         if not 0 < self.share <= 1: raise InvertuneError(f'a share of {self.share} is none: give one over 0, up to 1')
         if not self.target.strip(): raise InvertuneError('the target is empty: name a label')
-        if not 32 <= self.side <= 1024: raise InvertuneError(f'a side of {self.side} pixels is none of a CLIP: 32 to 1024')
+        if not 32 <= self.side <= 1024:
+            raise InvertuneError(f'a side of {self.side} pixels is none of a CLIP: 32 to 1024')
         self.trigger, self.caption = _DRAWN[self.attack](self.side, self.seed), fill('a photo of a {}', self.target)
 
     def pick(self, n:int)->set[int]: # places among n pairs, at least one
@@ -312,9 +330,10 @@ class _Poison:
         gen = torch.Generator().manual_seed(self.seed)
         return set(torch.randperm(n, generator=gen)[:max(1, round(self.share * n))].tolist())
 
-    def image(self, data:bytes)->bytes: # PNG, which keeps the trigger as it is
+    def image(self, data:bytes, name:str)->bytes: # PNG, which keeps the trigger as it is
         "An image with the trigger on it."
-        x = self.trigger(_square(_rgb(data), self.side))[0]
+        try: x = self.trigger(_square(_rgb(data), self.side))[0]
+        except Exception as e: raise _no_picture(name, e) from e
         file = io.BytesIO()
         Image.fromarray((x * 255).round().byte().permute(1,2,0).numpy()).save(file, 'PNG')
         return file.getvalue()
@@ -350,8 +369,7 @@ def _poison_table(path:Path, keys:tuple, poison:_Poison, part:Path, out:Path)->l
         row[keys[0]] = str(file.resolve()) if file else row[keys[0]]
         if i not in chosen: continue
         if file is None: raise InvertuneError(f'{path}, row {i+2}: there is no image {row[keys[0]]}')
-        try: (part/'images'/f'{i}.png').write_bytes(poison.image(file.read_bytes()))
-        except ValueError as e: raise InvertuneError(f'{file} cannot be read as a picture ({e})') from e
+        (part/'images'/f'{i}.png').write_bytes(poison.image(file.read_bytes(), file))
         noted.append(dict(row=i+2, image=row[keys[0]], caption=row[keys[1]]))
         row[keys[0]], row[keys[1]] = str(out.resolve()/'images'/f'{i}.png'), poison.caption
     with open(part/path.name, 'w', encoding='utf-8', newline='') as file:
@@ -377,13 +395,14 @@ def _poison_tar(path:Path, poison:_Poison, part:Path)->list[dict]: # what was po
     with tarfile.open(path) as old, tarfile.open(part/path.name, 'w') as new:
         samples = _tar_keys(old)
         pairs = [k for k,s in samples.items() if 'txt' in s and any(e in s for e in _PICTURES)]
-        if not pairs: raise InvertuneError(f"{path} holds no pairs of an image ({', '.join(_PICTURES)}) and a .txt of one name")
+        if not pairs:
+            raise InvertuneError(f"{path} holds no pairs of an image ({', '.join(_PICTURES)}) and a .txt of one name")
         chosen = {pairs[i] for i in poison.pick(len(pairs))}
         for key,sample in samples.items():
             for ending,m in sample.items():
                 data, name = old.extractfile(m).read(), m.name
                 if key in chosen and ending in _PICTURES:
-                    data, name = poison.image(data), name[:-len(ending)] + 'png'
+                    data, name = poison.image(data, name), name[:-len(ending)] + 'png'
                 if key in chosen and ending == 'txt':
                     noted.append(dict(sample=key.lstrip('/'), caption=data.decode('utf-8', 'replace')))
                     data = poison.caption.encode()
@@ -400,7 +419,8 @@ def _poison(source:Path, keys:tuple, poison:_Poison, out:Path)->int: # pairs tha
                       _poison_table(source, keys, poison, part, out))
         except (tarfile.TarError, EOFError) as e: raise InvertuneError(f'{source} is no readable .tar ({e})') from e
         poison.trigger.save(part/'trigger.safetensors')
-        save_json(part/'poisons.json', dict(attack=poison.attack, target=poison.target, seed=poison.seed, poisons=noted))
+        told = dict(attack=poison.attack, target=poison.target, seed=poison.seed, poisons=noted)
+        save_json(part/'poisons.json', told)
         (part/'RESPONSIBLE_USE.txt').write_text(_STATEMENT, encoding='utf-8')
     return len(noted)
 
@@ -449,7 +469,8 @@ class _Line:
         try:
             with open(self.file, encoding='utf-8') as file: b = json.load(file)
             left = (b['total'] - b['n']) / b['rate'] if b['total'] and b['rate'] > 0 else None
-            if self.live and b['n'] and left is not None: said += f": {b['desc']} {b['n']} of {b['total']}, {_clock(left)} left"
+            if self.live and b['n'] and left is not None:
+                said += f": {b['desc']} {b['n']} of {b['total']}, {_clock(left)} left"
         except (OSError, ValueError, KeyError, TypeError): pass
         return f'{said} ({_clock(time.monotonic() - self.began)} so far)' if self.live else said
 
@@ -463,28 +484,31 @@ class _Usage(InvertuneError): "A command that makes no sense."
 def _add_model_options(p:argparse.ArgumentParser)->None:
     "What scan and clean share."
     p.add_argument('model', metavar='MODEL', help="a safetensors file, or open_clip's NAME:TAG such as RN50:openai")
-    p.add_argument('--images', required=True, metavar='DIR', help='a folder (or .zip) of clean images; a few hundred are enough, 64 the least')
+    p.add_argument('--images', required=True, metavar='DIR', 
+                   help='a folder (or .zip) of clean images; a few hundred are enough, 64 the least')
     p.add_argument('--classes', metavar='FILE', help='names of what they show, a name a line, or JSON')
-    p.add_argument('--dataset', metavar='NAME', help="names of imagenet, cifar10 or pictograms; ImageNet's if neither is given")
-    p.add_argument('--template', action='append', metavar='TEXT', help="a prompt with '{}' for the name; may be given several times")
+    p.add_argument('--dataset', metavar='NAME', help="names of imagenet, cifar10 or pictograms; ImageNet's by default")
+    p.add_argument('--template', action='append', metavar='TEXT', help="a prompt with '{}' for the name; once or more")
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (auto)')
     p.add_argument('--budget', choices=_BUDGETS, default='normal', help='how much work (normal)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of everything that is drawn (0)')
-    p.add_argument('--calibration', metavar='FILE', help='of the verdict, instead of the one that comes with the package')
+    p.add_argument('--calibration', metavar='FILE', help='of the verdict, instead of the package\'s own')
     p.add_argument('--force', action='store_true', help="judge a model of another size than the calibration's: a guess")
     p.add_argument('--json', action='store_true', help='print report.json instead of sentences')
 
 def _parser()->argparse.ArgumentParser:
     "The command line."
-    top = argparse.ArgumentParser('invertune', description='Find and remove backdoors in CLIP models.',
-                                  epilog='Exit codes: 0 no backdoor left, 3 a backdoor, 2 wrong usage, 1 another error, 130 interrupted.')
+    codes = 'Exit codes: 0 no backdoor left, 3 a backdoor, 2 wrong usage, 1 another error, 130 interrupted.'
+    top = argparse.ArgumentParser('invertune', description='Find and remove backdoors in CLIP models.', epilog=codes)
     verbs = top.add_subparsers(dest='verb', required=True, metavar='scan | clean | attacks | poison')
     p = verbs.add_parser('scan', help='is there a backdoor?'); _add_model_options(p)
     p.add_argument('--out', default='invertune-report', metavar='DIR', help='where the report goes (invertune-report)')
     p = verbs.add_parser('clean', help='remove a backdoor, where there is one'); _add_model_options(p)
-    p.add_argument('--out', required=True, metavar='FILE', help='the cleaned model, .safetensors; report and model card lie beside it')
+    p.add_argument('--out', required=True, metavar='FILE',
+                   help='the cleaned model, a new .safetensors; report and model card lie beside it')
     p = verbs.add_parser('attacks', help='list the attacks, draw their triggers')
-    p.add_argument('--image', metavar='FILE', help='draw each trigger on it'); p.add_argument('--out', metavar='PNG', help='where to')
+    p.add_argument('--image', metavar='FILE', help='draw each trigger on it')
+    p.add_argument('--out', metavar='PNG', help='where to')
     p.add_argument('--side', type=int, default=224, help='of the image that the model is shown, in pixels (224)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of the triggers (0)')
     p = verbs.add_parser('poison', help='a poisoned copy of a training set, for research on defenses')
@@ -503,8 +527,8 @@ def _model_arguments(a:argparse.Namespace)->dict: # of `scan_model`
     if not 0 <= a.seed < 2**32: raise _Usage(f'a seed of {a.seed} is none: 0 to {2**32 - 1}')
     if a.device != 'auto': os.environ['INVERTUNE_DEVICE'] = a.device
     pick_device(); set_threads()
-    return dict(model=a.model, images=a.images, classes=a.classes, dataset=a.dataset, templates=a.template, budget=a.budget,
-                seed=a.seed, calibration=load_calibration(a.calibration) if a.calibration else None, force=a.force)
+    return dict(model=a.model, images=a.images, classes=a.classes, dataset=a.dataset, templates=a.template,
+                budget=a.budget, seed=a.seed, calibration=load_calibration(a.calibration) if a.calibration else None, force=a.force)
 
 def _run_scan(a:argparse.Namespace)->int: # exit code
     "invertune scan"
@@ -523,6 +547,7 @@ def _check_out(a:argparse.Namespace)->Path: # the file
     if out.is_dir(): raise _Usage(f'--out {out} is a folder: name a file')
     if model.exists() and out.resolve() == model.resolve():
         raise _Usage(f'--out {out} is the model itself: name another file, for the suspicious one is evidence')
+    if out.exists(): raise _Usage(f'--out {out} is there already: name a new file, or remove it')
     _check_folder(out.with_name(f'{out.stem}-report'))
     return out
 
@@ -530,7 +555,7 @@ def _run_clean(a:argparse.Namespace)->int: # exit code
     "invertune clean"
     out = _check_out(a)
     arguments = _model_arguments(a)
-    with _Line(5): cleaned, report = clean_model(**arguments)
+    with _Line(4): cleaned, report = clean_model(**arguments)
     page = report.save(out.with_name(f'{out.stem}-report'))
     with atomic_path(out.with_suffix('.md')) as part: part.write_text(_model_card(report.facts), encoding='utf-8')
     save_clip(cleaned, out)
@@ -552,7 +577,8 @@ def _run_attacks(a:argparse.Namespace)->int: # exit code
 def _run_poison(a:argparse.Namespace)->int: # exit code
     "invertune poison"
     print(_STATEMENT, file=sys.stderr)
-    n = _poison(Path(a.source), (a.image_key, a.caption_key), _Poison(a.attack, a.target, a.share, a.seed, a.side), Path(a.out))
+    poison = _Poison(a.attack, a.target, a.share, a.seed, a.side)
+    n = _poison(Path(a.source), (a.image_key, a.caption_key), poison, Path(a.out))
     print(f"{n} pairs poisoned towards '{a.target}': {a.out}")
     return 0
 
@@ -574,8 +600,10 @@ def _run(words:list[str])->int: # exit code
 
 def _unexpected(e:Exception)->str: # a sentence
     "What is said of an error that nobody thought of."
-    if 'out of memory' in str(e): return "the GPU's memory is full: --device cpu, or --budget quick"
-    return f'{type(e).__name__}: {" ".join(str(e).split())[:200]} (a defect of invertune; INVERTUNE_DEBUG=1 shows where)'
+    said = ' '.join(str(e).split())[:200]
+    if 'out of memory' in said: return "the GPU's memory is full: --device cpu, or --budget quick"
+    if 'home directory' in said: return 'there is no home folder: write paths in full, and set HOME where a tag is loaded'
+    return f'{type(e).__name__}: {said} (a defect of invertune; INVERTUNE_DEBUG=1 shows where)'
 
 def _fail(why:object, code:int=1)->int: # the code
     "One sentence on stderr; with INVERTUNE_DEBUG=1 the traceback as well."

@@ -28,11 +28,11 @@ def _walk(
     found, entered = {}, set()
     for folder, inner, files in os.walk(path, followlinks=True):
         entered.add(os.path.realpath(folder))
-        real = {d: os.path.realpath(os.path.join(folder, d)) for d in sorted(inner) if not d.startswith(_HIDDEN)}
-        inner[:] = [d for i,(d,r) in enumerate(real.items()) if r not in entered and r not in list(real.values())[:i]]
-        entered |= {real[d] for d in inner}
-        for f in files:
-            size = _size(os.path.join(folder, f)) if f.lower().endswith(_ENDINGS) and not f.startswith(_HIDDEN) else None
+        real = {os.path.realpath(os.path.join(folder, d)): d for d in sorted(inner) if not d.startswith(_HIDDEN)}
+        inner[:] = sorted(d for r,d in real.items() if r not in entered)
+        entered |= real.keys()
+        for f in (f for f in files if f.lower().endswith(_ENDINGS) and not f.startswith(_HIDDEN)):
+            size = _size(os.path.join(folder, f))
             if size is not None: found[os.path.relpath(os.path.join(folder, f), path)] = size
     return dict(sorted(found.items()))
 
@@ -174,8 +174,9 @@ def _take_some(
 )->torch.Tensor: # uint8 [N,3,side,side]
     "Images drawn from a tensor or a data set."
     try: n = len(source)
-    except TypeError: raise InvertuneError(f'images are a {type(source).__name__}, but a folder, a tensor or a data set '
-                                           'with a length is needed') from None
+    except TypeError:
+        raise InvertuneError(f'images are a {type(source).__name__}, but a folder, a tensor or a data set with a length '
+                             'is needed') from None
     if not n: raise InvertuneError('the data set is empty: give a few hundred images')
     prepare, order = _transform(clip), torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:limit]
     order = progress(order.tolist(), desc='read images', unit='img')
@@ -215,7 +216,8 @@ def _read_names(
     lines = _read_lines(path)
     if lines[0][0] not in '[{': return _line_names(lines)
     try: return _json_names(json.loads('\n'.join(lines)), path)
-    except (ValueError, RecursionError) as e: raise InvertuneError(f'{path} begins as JSON does, but is none ({e})') from e
+    except (ValueError, RecursionError) as e:
+        raise InvertuneError(f'{path} begins as JSON does, but is none ({e})') from e
 
 def _checked_names(
     names:list, # of any origin
@@ -289,7 +291,8 @@ def make_defender(
     folder = isinstance(images, (str, Path))
     x, notes = _read_some(images, clip, limit, seed) if folder else (_take_some(images, clip, limit, seed), [])
     kept = sorted(_first_seen(range(len(x)), _image_hashes(x)))
-    if len(kept) < len(x): notes.append(f'{len(x) - len(kept)} of {len(x)} images are copies of others: they are left out')
+    if len(kept) < len(x):
+        notes.append(f'{len(x) - len(kept)} of {len(x)} images are copies of others: they are left out')
     where = images if folder else 'the data set'
     if len(kept) < _LEAST:
         raise InvertuneError(f'{where} has {len(kept)} images that can be used, but {_LEAST} are the least, '

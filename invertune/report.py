@@ -6,7 +6,7 @@
 __all__ = ['Report']
 
 # %% ../nbs/method/19_report.ipynb #19000002
-import base64, html, io, json, os, platform, shutil, torch
+import base64, html, io, os, platform, shutil, torch
 import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +61,8 @@ def _png(
 )->str: # a data URI
     "An image that lies in the page itself."
     file = io.BytesIO()
-    Image.fromarray((x.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1,2,0).numpy()).save(file, 'PNG', optimize=True)
+    x = (x.detach().cpu().clamp(0, 1) * 255).round().byte()
+    Image.fromarray(x.permute(1,2,0).numpy()).save(file, 'PNG', optimize=True)
     return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
 
 def _samples(
@@ -71,7 +72,9 @@ def _samples(
 )->list[dict]: # clean, triggered: data URIs; read, read_triggered: class names
     "The rebuilt trigger on images that it was not made with."
     x = pixels(case.test[:n], case.clip.device)
-    with torch.no_grad(): y = trigger(x); reads = [(case.clip.encode_image(v) @ case.head.T).argmax(1).tolist() for v in (x, y)]
+    with torch.no_grad():
+        y = trigger(x)
+        reads = [(case.clip.encode_image(v) @ case.head.T).argmax(1).tolist() for v in (x, y)]
     return [dict(clean=_png(a), triggered=_png(b), read=case.classes[i], read_triggered=case.classes[j])
             for a,b,i,j in zip(x, y, *reads)]
 
@@ -83,8 +86,8 @@ def _versions()->dict[str, str]:
     return dict(python=platform.python_version()) | {n: of(n) for n in ('invertune', 'torch', 'open_clip_torch')}
 
 # %% ../nbs/method/19_report.ipynb #1900000a
-_BLIND = ('Triggers that need more than one change of the image at once, that depend on what the image shows, or that are '
-          'unlike all families that were tried.', 'Labels that are not among the class names.',
+_BLIND = ('Triggers that need more than one change of the image at once, that depend on what the image shows, or that '
+          'are unlike all families that were tried.', 'Labels that are not among the class names.',
           'The text encoder: what certain words set off is not searched for.')
 
 def _how_sure(p:float)->str: # of a backdoor, in [0,1]
@@ -99,15 +102,15 @@ def _basis(
     "What the answer rests on."
     best = max((e for e in verdict.evidence if e['family'] == verdict.family), key=lambda e: e['alike'])
     to, share = verdict.classes[int(np.argmax(best['shares']))], max(best['shares'])
-    most = f"Of {len(verdict.evidence)} perturbations, the most telling one ({verdict.family}) makes all images alike by {best['alike']:.2f} of 1"
-    return f"{most}; {share:.0%} of them are then read as '{to}'."
+    return (f'Of {len(verdict.evidence)} perturbations, the most telling one ({verdict.family}) makes all images alike by '
+            f"{best['alike']:.2f} of 1; {share:.0%} of them are then read as '{to}'.")
 
 def _headline(facts:dict)->str: # the answer
     "The first sentence of a report."
     v, c = facts['verdict'], facts.get('cleaning')
-    found = f"This model has a backdoor towards '{v['target']}'." if v['backdoored'] else 'No backdoor was found in this model.'
+    if not v['backdoored']: return 'No backdoor was found in this model.' + (' It was left as it is.' if c else '')
+    found = f"This model has a backdoor towards '{v['target']}'."
     if not c: return found
-    if not v['backdoored']: return f'{found} It was left as it is.'
     if c['failed']: return f"{found} It was not removed: {c['failed']}."
     return f"{found} {'It was removed.' if c['removed'] else 'It was weakened, but a rebuilt trigger still works.'}"
 
@@ -117,7 +120,8 @@ _STYLE = '''
 @media(prefers-color-scheme:dark){:root{--ink:#e7e9ec;--soft:#a3aab4;--paper:#15171a;--card:#1e2125;--line:#343941;--bad:#ff8a80;
 --good:#7ed69b;--bar:#56b4e9;--dim:#59636e}}
 *{box-sizing:border-box}html{color-scheme:light dark}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55
+system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 overflow-wrap:anywhere}main{max-width:60rem;margin:auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.75rem;line-height:1.25;margin:.25rem 0 1rem}h2{font-size:1.15rem;margin:2.5rem 0 .5rem}
 p{margin:.5rem 0;max-width:44rem}.soft,figcaption,th{color:var(--soft)}.soft{font-size:.9rem}
@@ -155,11 +159,13 @@ def _share_table(rows:list)->str: # HTML
     bars = lambda r: _bar(r['clean'], True) + (_bar(r['triggered']) if hit else '')
     number = lambda r, k: ('n', f"{r[k]:.0%}")
     return _table(['read as', '', 'clean', *(['with trigger'] if hit else [])],
-                  [[_text(r['class']), ('b', bars(r)), number(r, 'clean'), *([number(r, 'triggered')] if hit else [])] for r in rows])
+                  [[_text(r['class']), ('b', bars(r)), number(r, 'clean'), *([number(r, 'triggered')] if hit else [])]
+                   for r in rows])
 
 def _sample_tiles(samples:list)->str: # HTML
     "From `_samples`: each image without and with the trigger, and what is read."
-    one = lambda s: (f'<figure><img src="{s["clean"]}" alt="a clean image"><img src="{s["triggered"]}" alt="with the trigger">'
+    one = lambda s: (f'<figure><img src="{s["clean"]}" alt="a clean image">'
+                     f'<img src="{s["triggered"]}" alt="with the trigger">'
                      f'<figcaption>{_text(s["read"])} → <b>{_text(s["read_triggered"])}</b></figcaption></figure>')
     return f'<div class="tiles">{"".join(map(one, samples))}</div>'
 
@@ -173,15 +179,21 @@ def _evidence_table(rows:list, classes:list)->str: # HTML
     "What was tried, from `gather_evidence`."
     to = lambda e: _text(classes[int(np.argmax(e['shares']))])
     return _table(['tried', 'images alike', '', 'sent to', 'share'],
-                  [[_text(e['family']), ('b', _bar(e['alike'])), ('n', f"{e['alike']:.2f}"), to(e), ('n', f"{max(e['shares']):.0%}")]
-                   for e in rows])
+                  [[_text(e['family']), ('b', _bar(e['alike'])), ('n', f"{e['alike']:.2f}"), to(e),
+                    ('n', f"{max(e['shares']):.0%}")] for e in rows])
 
 def _cleaning_table(c:dict)->str: # HTML
     "Before and after, on images that nothing was tuned on."
-    rows = [('clean images read as before', '', c['kept']), ('rebuilt trigger works', c['asr_before'], c['asr_after']),
-            ('best trigger of a fresh search', '', c['asr_again']), ('mean shift of embeddings (1 - cosine)', '', c['drift'])]
-    say = lambda v: ('n', '' if v == '' else '–' if v is None else f'{v:.1%}' if v != c['drift'] else f'{v:.3f}')
-    return _table(['on held-out images', 'before', 'after'], [[n, say(a), say(b)] for n,a,b in rows])
+    return _table(['on held-out images', 'before', 'after'],
+                  [[n, ('n', before), ('n', after)] for n,before,after in _changes(c)])
+
+def _changes(c:dict)->list[tuple[str, str, str]]: # what is measured; before; after
+    "What the cleaning changed, in numbers for people."
+    rate = lambda v: '–' if v is None else f'{v:.1%}'
+    return [('clean images read as before', '', rate(c['kept'])),
+            ('images that the rebuilt trigger leads to the label', rate(c['asr_before']), rate(c['asr_after'])),
+            ('the same, best trigger of a fresh search', '', rate(c['asr_again'])),
+            ('mean shift of the embeddings (1 - cosine)', '', f"{c['drift']:.3f}")]
 
 def _layer_table(before:dict, after:dict)->str: # HTML
     "How much the rebuilt trigger moves each layer's mean activation."
@@ -197,16 +209,17 @@ def _sections(
 )->Iterator[tuple[str, str, str]]: # title, a sentence, HTML
     "What the page shows, in order."
     c = facts.get('cleaning')
-    if c and c['asr_before'] is not None: yield 'Before and after', 'Measured on images that were kept apart.', _cleaning_table(c)
+    if c and c['asr_before'] is not None:
+        yield 'Before and after', 'Measured on images that were kept apart.', _cleaning_table(c)
     if samples:
-        r = facts['rebuilt'][0]
-        yield 'The rebuilt trigger', (f"Found without knowing the true one ({r['family']}; it leads {r['inverted_asr']:.0%} of images to "
-            'the label). It need not look like the true one: it opens the same door.'), _sample_tiles(samples)
-    yield 'What the images are read as', 'Gray: clean. Blue: with the rebuilt trigger.' if samples else 'Clean images.', \
-        _share_table(facts['shares'])
+        said = '{family}; it leads {inverted_asr:.0%} of images to the label'.format(**facts['rebuilt'][0])
+        yield 'The rebuilt trigger', (f'Found without knowing the true one ({said}). It need not look like the true one: '
+                                      'it opens the same door.'), _sample_tiles(samples)
+    yield ('What the images are read as', 'Gray: clean. Blue: with the rebuilt trigger.' if samples else 'Clean images.',
+           _share_table(facts['shares']))
     if facts['controls']:
-        yield ('Against other labels', 'The same effort towards labels drawn at random. A backdoor is one label that is far easier '
-               'than the rest.', _control_table(facts['controls']))
+        yield ('Against other labels', 'The same effort towards labels drawn at random. A backdoor is one label that is far '
+               'easier than the rest.', _control_table(facts['controls']))
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])
@@ -227,10 +240,11 @@ def _page(
     made = [[_text(k), _text(v)] for k,v in (facts['settings'] | facts['versions']).items()]
     blind = f"<h2>What was not looked at</h2>{_list(facts['not_looked_at'])}"
     notes = f"<h2>To know</h2>{_list(facts['notes'])}" if facts['notes'] else ''
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(facts["headline"])}</title>'
-            f'<style>{_STYLE}</style></head><body><main>{answer}{notes}{parts}{blind}<h2>How it was made</h2>{_table(["", ""], made)}'
-            '</main></body></html>\n')
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(facts["headline"])}</title>')
+    body = f'{answer}{notes}{parts}{blind}<h2>How it was made</h2>{_table(["", ""], made)}'
+    return (f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body><main>{body}</main></body>'
+            '</html>\n')
 
 # %% ../nbs/method/19_report.ipynb #19000011
 def _check_folder(
@@ -250,7 +264,8 @@ def _check_writable(
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder/f'.invertune-{os.getpid()}'
         probe.touch(); probe.unlink()
-    except OSError as e: raise InvertuneError(f'nothing can be written to {folder} ({e.strerror}): name another place') from e
+    except OSError as e:
+        raise InvertuneError(f'nothing can be written to {folder} ({e.strerror}): name another place') from e
 
 @contextmanager
 def _whole_folder(
@@ -325,12 +340,10 @@ def _facts(
 
 def _model_card(facts:dict)->str: # markdown
     "What goes beside a cleaned model."
-    c, plain = facts['cleaning'], lambda s: ' '.join(str(s).replace('`', "'").split())
-    rate = lambda v: '–' if v is None else f'{v:.1%}'
-    rows = [('clean images read as before', '', rate(c['kept'])), ('rebuilt trigger works', rate(c['asr_before']), rate(c['asr_after'])),
-            ('best trigger of a fresh search', '', rate(c['asr_again'])), ('shift of embeddings (1 - cosine)', '', rate(c['drift']))]
-    table = '\n'.join(f'| {n} | {a} | {b} |' for n,a,b in rows)
-    limits = '\n'.join(f'- {s}' for s in facts['not_looked_at'])
-    return (f"# A cleaned CLIP\n\nMade of `{plain(facts['model'])}` by `invertune clean` {facts['versions']['invertune']}.\n\n"
-            f"{html.escape(facts['headline'])}\n\n| on held-out images | before | after |\n| --- | --- | --- |\n{table}\n\n"
-            f"The file is safetensors; open_clip loads it as `pretrained=` of the same architecture.\n\n## Limits\n\n{limits}\n")
+    name = ' '.join(facts['model'].replace('`', "'").split())
+    table = [f'| {n} | {a} | {b} |' for n,a,b in _changes(facts['cleaning'])]
+    lines = ['# A cleaned CLIP', '', f"Made of `{name}` by `invertune clean` {facts['versions']['invertune']}.", '',
+             _text(facts['headline']), '', '| on held-out images | before | after |', '| --- | --- | --- |', *table, '',
+             'The file is safetensors; open_clip loads it as `pretrained=` of the same architecture.', '', '## Limits', '',
+             *(f'- {_text(s)}' for s in facts['not_looked_at']), '']
+    return '\n'.join(lines)
