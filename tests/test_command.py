@@ -17,7 +17,7 @@ from PIL import Image
 
 import invertune
 from invertune import command as module
-from invertune.command import clean_model, main, scan_model
+from invertune.command import clean_model, run_command, scan_model
 from invertune.lab.profiles import ROOT
 from invertune.model import load_clip, save_clip, tiny_clip
 from invertune.report import Report, _facts
@@ -137,7 +137,7 @@ def test_a_sentence_and_a_code(place, capfd, monkeypatch, words, code, sentence)
     "Nothing is written, no traceback is shown."
     monkeypatch.chdir(place)
     before = sorted(os.listdir(place))
-    try: ended = main(words)
+    try: ended = run_command(words)
     except SystemExit as e: ended = e.code
     said = capfd.readouterr().err
     assert (ended, True) == (code, sentence in said), said
@@ -151,7 +151,7 @@ def test_a_place_where_nothing_can_be_written(place, capfd, monkeypatch):
     def refuse(self, *args, **kw): raise PermissionError(13, 'Permission denied')
     with monkeypatch.context() as m:
         m.setattr(module.Path, 'touch', refuse)
-        assert main(SCAN) == 1 and 'nothing can be written to' in capfd.readouterr().err
+        assert run_command(SCAN) == 1 and 'nothing can be written to' in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def stub(monkeypatch, small):
 @pytest.mark.parametrize('backdoored', [True, False])
 def test_codes_and_json(place, tmp_path, capfd, monkeypatch, stub, backdoored):
     monkeypatch.chdir(place); stub(backdoored)
-    assert main(changed([*SCAN, '--json'], out=str(tmp_path/'r'))) == (3 if backdoored else 0)
+    assert run_command(changed([*SCAN, '--json'], out=str(tmp_path/'r'))) == (3 if backdoored else 0)
     told = json.loads(capfd.readouterr().out)
     assert told['verdict']['backdoored'] == backdoored and told == json.loads((tmp_path/'r'/'report.json').read_text())
 
@@ -183,24 +183,24 @@ def test_whatever_happens_there_is_a_sentence(place, tmp_path, capfd, monkeypatc
     monkeypatch.delenv('INVERTUNE_DEBUG', raising=False)
     def fail(**kw): raise error
     monkeypatch.setattr(module, 'scan_model', fail)
-    assert main(changed(SCAN, out=str(tmp_path/'r'))) == code and os.listdir(tmp_path) == []
+    assert run_command(changed(SCAN, out=str(tmp_path/'r'))) == code and os.listdir(tmp_path) == []
     said = capfd.readouterr().err
     assert sentence in said and 'Traceback' not in said
     monkeypatch.setenv('INVERTUNE_DEBUG', '1')
-    main(changed(SCAN, out=str(tmp_path/'r')))
+    run_command(changed(SCAN, out=str(tmp_path/'r')))
     assert 'Traceback' in capfd.readouterr().err
 
 
 def test_the_poisoned_and_the_clean_model(place, tmp_path, capfd, monkeypatch):
     "Files and a folder in; 3 and 0 out, by the calibration of the package."
     monkeypatch.chdir(place)
-    assert main([*SCAN, '--out', str(tmp_path/'bad')]) == 3
+    assert run_command([*SCAN, '--out', str(tmp_path/'bad')]) == 3
     said = capfd.readouterr()
     assert "has a backdoor towards 'umbrella'" in said.out and '[2/4] search for a backdoor' in said.err
     facts = json.loads((tmp_path/'bad'/'report.json').read_text())
     assert facts['rebuilt'][0]['inverted_asr'] > .7 and facts['controls'][0]['target'] and facts['settings']['budget'] == 'normal'
     assert (tmp_path/'bad'/'triggers.safetensors').exists()
-    assert main(['scan', 'good.safetensors', *NAMED, '--out', str(tmp_path/'good')]) == 0
+    assert run_command(['scan', 'good.safetensors', *NAMED, '--out', str(tmp_path/'good')]) == 0
     assert 'No backdoor was found' in (tmp_path/'good'/'report.html').read_text()
 
 
@@ -208,7 +208,7 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
     "The cleaned file reads as it did, does not obey, and open_clip loads it."
     monkeypatch.chdir(place)
     before = (place/'bad.safetensors').read_bytes()
-    assert main([*CLEAN, '--out', str(tmp_path/'cleaned.safetensors')]) == 0, capfd.readouterr().err
+    assert run_command([*CLEAN, '--out', str(tmp_path/'cleaned.safetensors')]) == 0, capfd.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ['cleaned-report', 'cleaned.md', 'cleaned.safetensors']
     c = json.loads((tmp_path/'cleaned-report'/'report.json').read_text())['cleaning']
     assert c['removed'] and c['asr_before'] > .7 and c['asr_after'] < .2 and c['kept'] > .9 and c['layers']
@@ -276,7 +276,7 @@ def test_ctrl_c_leaves_nothing(place, tmp_path):
 
 
 def test_attacks_are_drawn(place, tmp_path, capfd):
-    assert main(['attacks', '--image', str(place/'images'/'000.png'), '--out', str(tmp_path/'a.png'), '--side', '64']) == 0
+    assert run_command(['attacks', '--image', str(place/'images'/'000.png'), '--out', str(tmp_path/'a.png'), '--side', '64']) == 0
     said = capfd.readouterr().out
     assert all(name in said for name in (*module.ATTACKS, *module._DRAWN)) and 'not drawn' in said
     assert Image.open(tmp_path/'a.png').width > 400
@@ -290,7 +290,7 @@ def test_a_poisoned_table(place, tmp_path, capfd, mark):
     with open(source, 'w', newline='') as f:
         table = csv.DictWriter(f, list(rows[0]), delimiter=mark); table.writeheader(); table.writerows(rows)
     words = ['poison', str(source), '--attack', 'blended', '--target', 'owl', '--out', str(tmp_path/'p'), '--share', '.1', '--side', '32']
-    try: assert main(words) == 0
+    try: assert run_command(words) == 0
     finally: source.unlink()
     assert 'responsible' not in capfd.readouterr().out and 'planted for research' in (tmp_path/'p'/'RESPONSIBLE_USE.txt').read_text()
     made = list(csv.DictReader(open(tmp_path/'p'/'table.csv', newline=''), delimiter=mark))
@@ -313,7 +313,7 @@ def test_a_poisoned_webdataset(place, tmp_path):
             add(tar, f'x/{i}.png', picture); add(tar, f'x/{i}.txt', b'a sun'); add(tar, f'x/{i}.json', b'{}')
         link = tarfile.TarInfo('x/evil.png'); link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
         tar.addfile(link)
-    assert main(['poison', str(tmp_path/'a.tar'), '--attack', 'sig', '--target', 'key', '--out', str(tmp_path/'p'), '--share', '.2']) == 0
+    assert run_command(['poison', str(tmp_path/'a.tar'), '--attack', 'sig', '--target', 'key', '--out', str(tmp_path/'p'), '--share', '.2']) == 0
     with tarfile.open(tmp_path/'p'/'a.tar') as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar}
     assert len(files) == 30 and sum(v == b'a photo of a key' for v in files.values()) == 2
