@@ -238,7 +238,7 @@ def _save_outputs()->list[Path]: # the notebooks of the library and the tour
     from nbdev.clean import nbdev_clean
     from tqdm import tqdm
     wings = [NBS/wing for wing in ('method', 'lab', 'run')]
-    books = [NBS/'00_tour.ipynb', *sorted(book for wing in wings for book in wing.glob('[0-9]*.ipynb'))]
+    books = sorted(NBS.glob('[0-9]*.ipynb')) + sorted(book for wing in wings for book in wing.glob('[0-9]*.ipynb'))
     for book in tqdm(books, desc='outputs', unit='notebook'):
         with atomic_path(book) as part: nbformat.write(_with_outputs(book), part)
         nbdev_clean(str(book))
