@@ -6,6 +6,7 @@
 __all__ = ['scan_model', 'clean_model', 'run_command']
 
 # %% ../nbs/method/20_command.ipynb #20000002
+import invertune.compat
 import argparse, copy, csv, io, json, os, random, signal, sys, tarfile, tempfile, threading, time, traceback
 import numpy as np
 import torch

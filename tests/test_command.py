@@ -318,3 +318,17 @@ def test_a_poisoned_webdataset(place, tmp_path):
         files = {m.name: tar.extractfile(m).read() for m in tar}
     assert len(files) == 30 and sum(v == b'a photo of a key' for v in files.values()) == 2
     assert sum(files[f'x/{i}.png'] == picture for i in range(10)) == 8
+
+
+def test_all_parts_of_a_report_by_a_short_search(small, monkeypatch):
+    "Of a model that is called backdoored whatever was found: trigger, samples, controls, layers, before and after."
+    short = dict(keep=1, steps=2, trial=1, families=('blend',), stride=56)
+    monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=short, again=True))
+    always = module.load_calibration() | dict(bias=99., search=dict(steps=1, bs=8, families=('patch of 49',)))
+    report = scan_model(small.bad, small.defender, budget='quick', calibration=always)
+    assert report.backdoored and len(report.samples) == 6 and len(report.facts['controls']) == 3 and len(report.bank)
+    params = dict(identify=dict(families=('blend',), steps=1), invert=short | dict(gate=0.), tune=dict(steps=2, rounds=1))
+    cleaned, report = clean_model(small.bad, small.defender, budget='quick', calibration=always, **params)
+    c = report.facts['cleaning']
+    assert set(c['layers']) == set(c['layers_after']) and 0 <= c['asr_again'] <= 1 and 0 <= c['asr_after'] <= c['asr_before'] + .1
+    assert report.facts['headline'].startswith('This model has a backdoor towards') and not cleaned.training
