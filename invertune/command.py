@@ -201,12 +201,27 @@ def _compared(
     return dict(kept=((g @ head.T).argmax(1) == read).float().mean().item(), drift=1 - (f * g).sum(1).mean().item(),
                 asr_before=hits[0], asr_after=hits[1])
 
-def _fresh_asr(task, tuned, target)->float|None: # inverted ASR of the best trigger of a new search
-    "Whether anything is left."
-    if not task.budget['again']: return None
+def _fresh_search(
+    task:_Task, # what was cleaned
+    tuned:Clip, # how it came out
+    target:int, # the label that the backdoor led to
+)->dict: # asr_again: inverted ASR of the best trigger, None without a search; controls_after: from `_controls`
+    "Whether anything is left: a new search, and as much effort towards other labels."
+    if not task.budget['again']: return dict(asr_again=None, controls_after=[])
     _say('search the cleaned model')
     case = Case(tuned, task.defender, task.seed)
-    return invert(case, target, seed=task.seed + 1, **task.budget['invert']).inverted_asr
+    bank = invert(case, target, seed=task.seed + 1, **task.budget['invert'])
+    rows = _controls(case, target, bank[0], task.budget['controls'])
+    return dict(asr_again=bank.inverted_asr, controls_after=rows)
+
+def _is_removed(
+    c:dict, # from `_compared` and `_fresh_search`
+)->bool:
+    "The rebuilt trigger fails, and what a new search finds does no more towards this label than towards others."
+    if (c['asr_after'] or 0) >= .5: return False
+    if (c['asr_again'] or 0) < .5: return True
+    named, *others = (row['asr'] for row in c['controls_after'])
+    return named <= max(others, default=0) + .1
 
 # %% ../nbs/method/20_command.ipynb #20000011
 def _clean(
@@ -232,16 +247,16 @@ def _clean(
     facts = _facts(verdict, task.name, shares, task.settled(), task.notes, blind, bank, rows, told)
     return tuned, Report(facts, samples, verdict, bank)
 
-_UNTOUCHED = dict(asr_again=None, removed=True, failed=None, layers={}, layers_after={})
+_UNTOUCHED = dict(asr_again=None, controls_after=[], removed=True, failed=None, layers={}, layers_after={})
 
 def _told(task, case, tuned, held, found, target)->dict: # for a report
-    "What the removal did; it is one where no rebuilt trigger, old or new, leads half of the images to the label."
+    "What the removal did, and whether it is one."
     bank = found['bank']
     c = _compared(case.clip, tuned, held, bank[0] if len(bank) else None, target)
-    again = None if found['failed'] else _fresh_asr(task, tuned, target)
-    removed = not found['failed'] and max(c['asr_after'] or 0, again or 0) < .5
-    layers = {k: found['tuning'].get(k, {}) for k in ('layers','layers_after')}
-    return c | layers | dict(asr_again=again, removed=removed, failed=found['failed'])
+    c |= {k: found['tuning'].get(k, {}) for k in ('layers','layers_after')} | dict(failed=found['failed'])
+    if found['failed']: return c | dict(asr_again=None, controls_after=[], removed=False)
+    c |= _fresh_search(task, tuned, target)
+    return c | dict(removed=_is_removed(c))
 
 def clean_model(
     model:object, # as in `scan_model`; left as it is

@@ -224,6 +224,9 @@ def _sections(
     if facts['controls']:
         yield ('Against other labels', 'The same effort towards labels drawn at random. A backdoor is one label that is far '
                'easier than the rest.', _control_table(facts['controls']))
+    if c and c['controls_after']:
+        yield ('Against other labels, after', 'What a fresh search of the cleaned model can do. Every model can be led '
+               'somewhere; the label should no longer stand out.', _control_table(c['controls_after']))
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])

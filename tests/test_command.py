@@ -222,6 +222,14 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
     with torch.no_grad(): assert torch.equal(other.eval().encode_image(x), cleaned.encode_image(x))
 
 
+def test_what_is_called_removed():
+    "The rebuilt trigger must fail; what is found anew counts only where it leads to the label alone."
+    rows = lambda *asr: [{'class': str(a), 'target': i == 0, 'asr': a} for i, a in enumerate(asr)]
+    for after, again, controls, removed in ((.9, .1, (), False), (.1, None, (), True), (.1, .2, (.2, .0), True),
+                                            (.1, .9, (.9, .1, .2), False), (.1, .9, (.9, .85, .2), True), (.0, .9, (.9,), False)):
+        assert module._is_removed(dict(asr_after=after, asr_again=again, controls_after=rows(*controls))) == removed
+
+
 def test_an_innocent_model_is_left_alone(small, tmp_path, monkeypatch):
     "Bit by bit; and the seeds, flags and modes of the caller as well."
     never = module.load_calibration() | dict(bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
@@ -330,5 +338,6 @@ def test_all_parts_of_a_report_by_a_short_search(small, monkeypatch):
     params = dict(identify=dict(families=('blend',), steps=1), invert=short | dict(gate=0.), tune=dict(steps=2, rounds=1))
     cleaned, report = clean_model(small.bad, small.defender, budget='quick', calibration=always, **params)
     c = report.facts['cleaning']
+    assert len(c['controls_after']) == 3 and c['controls_after'][0]['target']
     assert set(c['layers']) == set(c['layers_after']) and 0 <= c['asr_again'] <= 1 and 0 <= c['asr_after'] <= c['asr_before'] + .1
     assert report.facts['headline'].startswith('This model has a backdoor towards') and not cleaned.training

@@ -33,7 +33,7 @@ def make(backdoored=True, names=NASTY, cleaning=None, model='<script>model.pt'):
     return Report(facts, samples, verdict)
 
 
-CLEANED = dict(kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, failed=None,
+CLEANED = dict(controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, failed=None,
                layers=dict(layer1=.1, layer2=.8), layers_after=dict(layer1=.1, layer2=.1))
 
 
