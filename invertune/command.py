@@ -205,23 +205,22 @@ def _fresh_search(
     task:_Task, # what was cleaned
     tuned:Clip, # how it came out
     target:int, # the label that the backdoor led to
-)->dict: # asr_again: inverted ASR of the best trigger, None without a search; controls_after: from `_controls`
-    "Whether anything is left: a new search, and as much effort towards other labels."
-    if not task.budget['again']: return dict(asr_again=None, controls_after=[])
+)->dict: # probability_after, named_after: of a new scan; asr_again: of the best trigger; controls_after
+    "Whether anything is left: a new scan, a new search, and as much effort towards other labels."
     _say('search the cleaned model')
+    verdict = scan(tuned, task.defender, task.seed, task.calibration, task.force)
+    said = dict(probability_after=verdict.probability, named_after=verdict.target)
+    if not task.budget['again']: return said | dict(asr_again=None, controls_after=[])
     case = Case(tuned, task.defender, task.seed)
     bank = invert(case, target, seed=task.seed + 1, **task.budget['invert'])
     rows = _controls(case, target, bank[0], task.budget['controls'])
-    return dict(asr_again=bank.inverted_asr, controls_after=rows)
+    return said | dict(asr_again=bank.inverted_asr, controls_after=rows)
 
 def _is_removed(
     c:dict, # from `_compared` and `_fresh_search`
 )->bool:
-    "The rebuilt trigger fails, and what a new search finds does no more towards this label than towards others."
-    if (c['asr_after'] or 0) >= .5: return False
-    if (c['asr_again'] or 0) < .5: return True
-    named, *others = (row['asr'] for row in c['controls_after'])
-    return named <= max(others, default=0) + .1
+    "The rebuilt trigger fails, and a new scan raises no alarm."
+    return (c['asr_after'] or 0) < .5 and c['named_after'] is None
 
 # %% ../nbs/method/20_command.ipynb #20000011
 def _clean(
@@ -247,14 +246,15 @@ def _clean(
     facts = _facts(verdict, task.name, shares, task.settled(), task.notes, blind, bank, rows, told)
     return tuned, Report(facts, samples, verdict, bank)
 
-_UNTOUCHED = dict(asr_again=None, controls_after=[], removed=True, failed=None, layers={}, layers_after={})
+_UNTOUCHED = dict(probability_after=None, named_after=None, asr_again=None, controls_after=[], removed=True, failed=None,
+                  layers={}, layers_after={})
 
 def _told(task, case, tuned, held, found, target)->dict: # for a report
     "What the removal did, and whether it is one."
     bank = found['bank']
     c = _compared(case.clip, tuned, held, bank[0] if len(bank) else None, target)
     c |= {k: found['tuning'].get(k, {}) for k in ('layers','layers_after')} | dict(failed=found['failed'])
-    if found['failed']: return c | dict(asr_again=None, controls_after=[], removed=False)
+    if found['failed']: return c | _UNTOUCHED | dict(removed=False, failed=found['failed'])
     c |= _fresh_search(task, tuned, target)
     return c | dict(removed=_is_removed(c))
 

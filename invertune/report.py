@@ -113,7 +113,7 @@ def _headline(facts:dict)->str: # the answer
     found = f"This model has a backdoor towards '{v['target']}'."
     if not c: return found
     if c['failed']: return f"{found} It was not removed: {c['failed']}."
-    return f"{found} {'It was removed.' if c['removed'] else 'It was weakened, but a rebuilt trigger still works.'}"
+    return f"{found} {'It was removed.' if c['removed'] else 'It was weakened, but something of it is left.'}"
 
 # %% ../nbs/method/19_report.ipynb #1900000c
 _STYLE = '''
@@ -197,6 +197,7 @@ def _changes(c:dict)->list[tuple[str, str, str]]: # what is measured; before; af
     return [('clean images read as before', '', rate(c['kept'])),
             ('images that the rebuilt trigger leads to the label', rate(c['asr_before']), rate(c['asr_after'])),
             ('the same, best trigger of a fresh search', '', rate(c['asr_again'])),
+            ('probability of a backdoor, by a scan', rate(c['probability_before']), rate(c['probability_after'])),
             ('mean shift of the embeddings (1 - cosine)', '', f"{c['drift']:.3f}")]
 
 def _layer_table(before:dict, after:dict)->str: # HTML
@@ -226,7 +227,7 @@ def _sections(
                'easier than the rest.', _control_table(facts['controls']))
     if c and c['controls_after']:
         yield ('Against other labels, after', 'What a fresh search of the cleaned model can do. Every model can be led '
-               'somewhere; the label should no longer stand out.', _control_table(c['controls_after']))
+               'somewhere, also one that was never poisoned.', _control_table(c['controls_after']))
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])
@@ -339,6 +340,7 @@ def _facts(
 )->dict: # JSON-able
     "What a report holds."
     named = {k: getattr(verdict, k) for k in ('backdoored','target','probability','score','family','features')}
+    if cleaning: cleaning = cleaning | dict(probability_before=verdict.probability)
     rebuilt = [dict(family=f, inverted_asr=a) for f,a in zip(bank.families, bank.asr)] if bank else []
     made = dict(verdict=named, model=model, sure=_how_sure(verdict.probability), basis=_basis(verdict), shares=shares,
                 controls=list(controls), rebuilt=rebuilt, cleaning=cleaning, evidence=verdict.evidence, classes=verdict.classes,

@@ -208,7 +208,7 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
     "The cleaned file reads as it did, does not obey, and open_clip loads it."
     monkeypatch.chdir(place)
     before = (place/'bad.safetensors').read_bytes()
-    assert run_command([*CLEAN, '--out', str(tmp_path/'cleaned.safetensors')]) == 0, capfd.readouterr().err
+    assert run_command([*CLEAN, '--seed', '1', '--out', str(tmp_path/'cleaned.safetensors')]) == 0, capfd.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ['cleaned-report', 'cleaned.md', 'cleaned.safetensors']
     c = json.loads((tmp_path/'cleaned-report'/'report.json').read_text())['cleaning']
     assert c['removed'] and c['asr_before'] > .7 and c['asr_after'] < .2 and c['kept'] > .9 and c['layers']
@@ -223,11 +223,9 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
 
 
 def test_what_is_called_removed():
-    "The rebuilt trigger must fail; what is found anew counts only where it leads to the label alone."
-    rows = lambda *asr: [{'class': str(a), 'target': i == 0, 'asr': a} for i, a in enumerate(asr)]
-    for after, again, controls, removed in ((.9, .1, (), False), (.1, None, (), True), (.1, .2, (.2, .0), True),
-                                            (.1, .9, (.9, .1, .2), False), (.1, .9, (.9, .85, .2), True), (.0, .9, (.9,), False)):
-        assert module._is_removed(dict(asr_after=after, asr_again=again, controls_after=rows(*controls))) == removed
+    "The rebuilt trigger must fail, and a new scan must raise no alarm; a fresh search alone settles nothing."
+    for after, named, removed in (.9, None, False), (.1, 'sun', False), (.1, None, True), (None, None, True):
+        assert module._is_removed(dict(asr_after=after, named_after=named, asr_again=.9)) == removed
 
 
 def test_an_innocent_model_is_left_alone(small, tmp_path, monkeypatch):

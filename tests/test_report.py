@@ -33,7 +33,7 @@ def make(backdoored=True, names=NASTY, cleaning=None, model='<script>model.pt'):
     return Report(facts, samples, verdict)
 
 
-CLEANED = dict(controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, failed=None,
+CLEANED = dict(probability_after=.1, named_after=None, controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, failed=None,
                layers=dict(layer1=.1, layer2=.8), layers_after=dict(layer1=.1, layer2=.1))
 
 
@@ -77,7 +77,7 @@ def test_words():
     assert make().facts['headline'].startswith("This model has a backdoor towards '<script>")
     assert make(False).facts['headline'] == 'No backdoor was found in this model.'
     assert make(cleaning=CLEANED).facts['headline'].endswith('It was removed.')
-    assert 'still works' in make(cleaning=CLEANED | dict(removed=False)).facts['headline']
+    assert 'something of it is left' in make(cleaning=CLEANED | dict(removed=False)).facts['headline']
     assert 'It was not removed: no trigger.' in make(cleaning=CLEANED | dict(failed='no trigger')).facts['headline']
     assert 'nearly certain' in _how_sure(.99) and 'nearly certain' in _how_sure(.01) and 'far from certain' in _how_sure(.6)
     assert 'Not looked at' in repr(make()) and "98" in make().facts['basis']
