@@ -71,6 +71,60 @@ def _as_clip(
     return clip.to(next(model.parameters()).device)
 
 # %% ../nbs/method/20_command.ipynb #20000009
+_line = None # the `_Line` that is shown, if any
+
+def _say(step:str)->None: # what begins
+    "Tell whoever watches."
+    if _line is not None: _line.begin(step)
+
+def _clock(seconds:float)->str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+
+class _Line:
+    "One line about what is going on, on stderr; where that is no terminal, a line a step."
+    def __init__(self,
+        steps:int, # at most so many
+    ): self.steps, self.at, self.step, self.began, self.stop = steps, 0, '', time.monotonic(), threading.Event()
+
+    def __enter__(self):
+        global _line
+        _line, self.folder = self, tempfile.TemporaryDirectory(prefix='invertune-')
+        self.old = os.environ.get('INVERTUNE_PROGRESS')
+        os.environ['INVERTUNE_PROGRESS'] = self.file = os.path.join(self.folder.name, 'progress.json')
+        self.live = sys.stderr.isatty()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        global _line
+        _line = None
+        self.stop.set(); self.thread.join()
+        if self.old is None: os.environ.pop('INVERTUNE_PROGRESS', None)
+        else: os.environ['INVERTUNE_PROGRESS'] = self.old
+        if self.live: print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+        self.folder.cleanup()
+
+    def begin(self, step:str):
+        "The next step."
+        self.at, self.step = self.at + 1, step
+        if not self.live: print(self.text(), file=sys.stderr, flush=True)
+
+    def text(self)->str:
+        "What the line says."
+        said = f'[{self.at}/{self.steps}] {self.step}'
+        try:
+            with open(self.file, encoding='utf-8') as file: b = json.load(file)
+            left = (b['total'] - b['n']) / b['rate'] if b['total'] and b['rate'] > 0 else None
+            if self.live and b['n'] and left is not None:
+                said += f": {b['desc']} {b['n']} of {b['total']}, {_clock(left)} left"
+        except (OSError, ValueError, KeyError, TypeError): pass
+        return f'{said} ({_clock(time.monotonic() - self.began)} so far)' if self.live else said
+
+    def _watch(self):
+        while not self.stop.wait(.5):
+            if self.live and self.step: print(f'\r{self.text()[:100]}\x1b[K', end='', file=sys.stderr, flush=True)
+
+# %% ../nbs/method/20_command.ipynb #2000000b
 _BUDGETS = dict(
     quick=dict(images=200, families=('columns','blend','warp','patch of 28'), invert=dict(keep=2, steps=16), controls=2,
                again=False),
@@ -109,7 +163,7 @@ def _blind_spots(task:_Task)->list[str]:
     return [*said, f'What is usual for models of {task.clip.image_size} pixels: the verdict was calibrated at {size}, so it '
                    'is a guess.']
 
-# %% ../nbs/method/20_command.ipynb #2000000a
+# %% ../nbs/method/20_command.ipynb #2000000c
 def _task(
     model:object, images:object, # as in `scan_model`, and so on
     names:dict, # classes, dataset, templates
@@ -125,7 +179,7 @@ def _task(
     settings |= dict(device=str(clip.device))
     return _Task(name, clip, defender, b, _budgeted(calibration, b), force, seed, notes, settings)
 
-# %% ../nbs/method/20_command.ipynb #2000000c
+# %% ../nbs/method/20_command.ipynb #2000000e
 def _judged(
     task:_Task, # what to judge; its notes grow
 )->tuple[Case, Verdict]:
@@ -168,7 +222,7 @@ def scan_model(
     names = dict(classes=classes, dataset=dataset, templates=templates)
     with _callers_state(): return _scan(_task(model, images, names, tokenizer, budget, seed, calibration, force))
 
-# %% ../nbs/method/20_command.ipynb #20000010
+# %% ../nbs/method/20_command.ipynb #20000012
 def _kept_apart(
     defender:Defender, # all images
     seed:int, # of the shuffle
@@ -222,7 +276,7 @@ def _is_removed(
     "The rebuilt trigger fails, and a new scan raises no alarm."
     return (c['asr_after'] or 0) < .5 and c['named_after'] is None
 
-# %% ../nbs/method/20_command.ipynb #20000011
+# %% ../nbs/method/20_command.ipynb #20000013
 def _clean(
     task:_Task, # what to clean
     params:dict, # of the defense
@@ -276,7 +330,7 @@ def clean_model(
     with _callers_state():
         return _clean(_task(model, images, names, tokenizer, budget, seed, calibration, force), params)
 
-# %% ../nbs/method/20_command.ipynb #20000014
+# %% ../nbs/method/20_command.ipynb #20000016
 _DRAWN = dict( # of each attack that needs no model: (side, seed) -> its trigger, at sizes that show
     badnet=lambda side,seed: patch_trigger(side, seed, 28),
     blended=lambda side,seed: blended_trigger(side, seed),
@@ -314,7 +368,7 @@ def _draw_attacks(
     pairs = lambda a: [sum(a[i:i+2], []) for i in range(0, len(a), 2)]
     return tile_rows(pairs(rows), pairs(titles), 128)
 
-# %% ../nbs/method/20_command.ipynb #20000017
+# %% ../nbs/method/20_command.ipynb #20000019
 _STATEMENT = '''This copy of a training set holds a backdoor, planted for research on defenses.
 Use it only to study or to test models of your own, or those of people who have agreed to it.
 Do not publish it, or a model trained on it, without saying so in its name and its card.
@@ -354,7 +408,7 @@ class _Poison:
         Image.fromarray((x * 255).round().byte().permute(1,2,0).numpy()).save(file, 'PNG')
         return file.getvalue()
 
-# %% ../nbs/method/20_command.ipynb #20000018
+# %% ../nbs/method/20_command.ipynb #2000001a
 def _read_table(
     path:Path, # a CSV with a header; commas or tabs
     keys:tuple, # the columns of the image and of the caption
@@ -393,7 +447,7 @@ def _poison_table(path:Path, keys:tuple, poison:_Poison, part:Path, out:Path)->l
         table.writeheader(); table.writerows(rows)
     return noted
 
-# %% ../nbs/method/20_command.ipynb #20000019
+# %% ../nbs/method/20_command.ipynb #2000001b
 _PICTURES = ('jpg', 'jpeg', 'png', 'webp') # endings of a webdataset's images
 
 def _tar_keys(tar:tarfile.TarFile)->dict[str, dict]: # sample -> {ending: member}
@@ -439,60 +493,6 @@ def _poison(source:Path, keys:tuple, poison:_Poison, out:Path)->int: # pairs tha
         save_json(part/'poisons.json', told)
         (part/'RESPONSIBLE_USE.txt').write_text(_STATEMENT, encoding='utf-8')
     return len(noted)
-
-# %% ../nbs/method/20_command.ipynb #2000001b
-_line = None # the `_Line` that is shown, if any
-
-def _say(step:str)->None: # what begins
-    "Tell whoever watches."
-    if _line is not None: _line.begin(step)
-
-def _clock(seconds:float)->str: return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
-
-class _Line:
-    "One line about what is going on, on stderr; where that is no terminal, a line a step."
-    def __init__(self,
-        steps:int, # at most so many
-    ): self.steps, self.at, self.step, self.began, self.stop = steps, 0, '', time.monotonic(), threading.Event()
-
-    def __enter__(self):
-        global _line
-        _line, self.folder = self, tempfile.TemporaryDirectory(prefix='invertune-')
-        self.old = os.environ.get('INVERTUNE_PROGRESS')
-        os.environ['INVERTUNE_PROGRESS'] = self.file = os.path.join(self.folder.name, 'progress.json')
-        self.live = sys.stderr.isatty()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        global _line
-        _line = None
-        self.stop.set(); self.thread.join()
-        if self.old is None: os.environ.pop('INVERTUNE_PROGRESS', None)
-        else: os.environ['INVERTUNE_PROGRESS'] = self.old
-        if self.live: print('\r\x1b[K', end='', file=sys.stderr, flush=True)
-        self.folder.cleanup()
-
-    def begin(self, step:str):
-        "The next step."
-        self.at, self.step = self.at + 1, step
-        if not self.live: print(self.text(), file=sys.stderr, flush=True)
-
-    def text(self)->str:
-        "What the line says."
-        said = f'[{self.at}/{self.steps}] {self.step}'
-        try:
-            with open(self.file, encoding='utf-8') as file: b = json.load(file)
-            left = (b['total'] - b['n']) / b['rate'] if b['total'] and b['rate'] > 0 else None
-            if self.live and b['n'] and left is not None:
-                said += f": {b['desc']} {b['n']} of {b['total']}, {_clock(left)} left"
-        except (OSError, ValueError, KeyError, TypeError): pass
-        return f'{said} ({_clock(time.monotonic() - self.began)} so far)' if self.live else said
-
-    def _watch(self):
-        while not self.stop.wait(.5):
-            if self.live and self.step: print(f'\r{self.text()[:100]}\x1b[K', end='', file=sys.stderr, flush=True)
 
 # %% ../nbs/method/20_command.ipynb #2000001d
 class _Usage(InvertuneError): "A command that makes no sense."
