@@ -4,7 +4,7 @@
 # make seeds      the same for three seeds that nobody has looked at, each with a victim and a target of its own
 # make selection  how the hyper-parameters were chosen, on a seed that is never reported
 # make durability what clean fine-tuning brings back, for every defense
-# make unseen     triggers that the defenses were not made for
+# make unseen     a population of triggers that the defenses were not made for; make unseen-quick: a dozen of them
 # make ablations  what each part of the method is worth
 # make scarce     how few clean images are enough
 # make domains    photographs for a model of pictograms, or the reverse (PHOTOS as above)
@@ -32,7 +32,7 @@ ifneq ($(PHOTOS),)
 export INVERTUNE_PHOTOS = $(PHOTOS)
 endif
 
-.PHONY: tour repro $(EXPERIMENTS) check test test-notebooks test-modules bench lab docs readme prepare outputs clean
+.PHONY: tour repro $(EXPERIMENTS) unseen-quick check test test-notebooks test-modules bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $(SAID)
@@ -40,6 +40,11 @@ repro: $(READY)
 # What takes longer than the main job has a command of its own, named as its notebook, its stage and its folder of results.
 $(EXPERIMENTS): $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $@ $(SAID)
+
+# A drawn part of the population, and the page of what has been measured so far.
+unseen-quick: $(READY)
+	@$(BIN)/python -m invertune.run.scheduler $$($(BIN)/python -m invertune.lab.unseen $(PROFILE)) $(SAID)
+	@$(BIN)/python -m invertune.run.stages report experiment=unseen $(if $(PROFILE),profile=$(PROFILE))
 
 # The environment is made once, and again when its description changes.
 $(READY): settings.ini constraints.txt setup.py

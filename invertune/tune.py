@@ -303,7 +303,7 @@ def _shifted(
 WEIGHTS = dict(
     activation=.3,   # of the five terms
     embedding=3.5,
-    restore=1.,
+    restore=2.,
     preserve=5.,
     decision=4.,
     margin=.1,       # of the embedding term: a cosine; so much nearer to the target a triggered image may come

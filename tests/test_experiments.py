@@ -10,8 +10,7 @@ from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, load_params, named
 from invertune.lab.tables import Experiment
 from invertune.lab.zoo import zoo_group
 
-HELPERS = {'durability': ['relearn'],
-           'unseen': ['plant_victim'], 'verdict': ['clean_cost']}
+HELPERS = {'verdict': ['clean_cost']}
 
 
 def of(word): return getattr(importlib.import_module(f'invertune.lab.{word}'), word)
@@ -63,7 +62,9 @@ def module(): return importlib.import_module('invertune.lab.selection')
 UNDEFENDED = tried('none', {}, .92, .98)
 
 
-def chosen(module, *rows): return [setting for setting, note in module._table([UNDEFENDED, *rows])[['setting', 'note']].values if note]
+def chosen(module, *rows):
+    table = module._table([UNDEFENDED, *rows])
+    return list(table.loc[table['note'] != '', 'setting'])
 
 
 def test_the_rule_weighs_accuracy_and_attack_success_alike(module):

@@ -62,7 +62,7 @@ def test_pages_quote_an_experiment(toy):
     assert '![x](../results/toy/main/figure.png)' in part and '[r](../results/toy/main/report.ipynb)' in part
 
 
-@pytest.mark.parametrize('page', pages.PAGES)
+@pytest.mark.parametrize('page', pages._PAGES)
 def test_links_of_a_page_lead_somewhere(page):
     "Into the checkout, but for results that are not made yet."
     file = pages.ROOT/page
@@ -74,7 +74,7 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_the_site(tmp_path):
     "Every notebook and page is there, formulas are MathML, and nothing is asked of a network."
     pytest.importorskip('sphinx')
-    pages.build_docs(tmp_path/'docs')
+    pages._build_docs(tmp_path/'docs')
     made = {p.relative_to(tmp_path/'docs').with_suffix('').as_posix(): p.read_text(encoding='utf-8')
             for p in (tmp_path/'docs').rglob('*.html')}
     books = [p.relative_to(pages.ROOT).with_suffix('').as_posix() for p in pages.NBS.rglob('[0-9]*.ipynb')]

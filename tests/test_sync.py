@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from invertune.lab.profiles import ROOT
-from invertune.run.pages import PAGES, _page_text
+from invertune.run.pages import _PAGES, _page_text
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +57,7 @@ def test_library_notebooks_show_what_they_make():
     assert bare == [], 'run `make outputs`'
 
 
-@pytest.mark.parametrize('page', PAGES)
+@pytest.mark.parametrize('page', _PAGES)
 def test_pages_equal_their_notebooks(page):
     "To the digit while the results are the committed ones; after a rerun on another machine, digits may differ."
     rerun = subprocess.run(['git', 'status', '--porcelain', 'results'], cwd=ROOT, capture_output=True, text=True).stdout

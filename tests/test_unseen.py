@@ -1,168 +1,200 @@
-"Triggers that the defenses were not made for, and what goes more than one round."
-from functools import partial
-
+"A population, planted: names, poisons, steps of strength, and what is counted."
 import pytest
 import torch
 
 import invertune.lab.unseen as unseen_module
-from invertune.attacks import ATTACKS, Setup, attack, demo_split
-from invertune.lab.victim import Victim
-from invertune.lab.unseen import plant_victim, unseen
-from invertune.model import pixels
+from invertune.attacks import Setup, demo_split
+from invertune.lab.population import POPULATION, draw_trigger
+from invertune.lab.profiles import load_params
+from invertune.lab.unseen import unseen
+from invertune.lab.victim import demo_victim
 from invertune.runtime import InvertuneError
-from invertune.triggers import blended_stripes_trigger, load_trigger, patch_trigger, text_trigger, triangles_trigger
 
-SHORT = dict(poisons=8, epochs=1, lr=1e-4, bs=16)
-NAMES = ['stripes', 'stripes-anywhere', 'badnet-anywhere', 'blended-stripes', 'triangles', 'text', 'sig-rows', 'two',
-         'vit']
-DRAWN = {'stripes': partial(patch_trigger, pattern='stripes'), 'anywhere': partial(patch_trigger, place='anywhere'),
-         'blended-stripes': blended_stripes_trigger, 'triangles': triangles_trigger, 'text': lambda side,
-         seed=0: text_trigger(side)}
-
-
-def images(n, side): return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(n))
-
-
-@pytest.mark.parametrize('side', [32, 64, 100, 224])
-@pytest.mark.parametrize('name', DRAWN)
-def test_drawn(name, side, tmp_path):
-    "Any side: pixels stay pixels, the same seed gives the same trigger, and the file holds all of it."
-    x, trigger = images(3, side), DRAWN[name](side)
-    y = trigger(x)
-    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and (y != x).flatten(1).any(1).all()
-    assert torch.equal(y, DRAWN[name](side, seed=0)(x))
-    assert name == 'text' or not torch.equal(y, DRAWN[name](side, seed=1)(x))
-    trigger.save(tmp_path/'trigger.safetensors')
-    assert torch.equal(load_trigger(tmp_path/'trigger.safetensors')(x), y)
-
-
-def test_anywhere():
-    "One whole patch an image, each at a place of its own; the images that came in are as they were."
-    trigger, x = patch_trigger(64, size=28, place='anywhere'), images(64, 64)
-    before = x.clone()
-    hit = (trigger(x) != x).any(1)
-    places = [tuple(h.nonzero()[0].tolist()) for h in hit]
-    assert torch.equal(x, before) and (hit.sum((1, 2)) == 64).all()
-    assert len(set(places)) > 50 and max(max(p) for p in places) <= 56
-    for y, (top, left) in zip(trigger(x), places): assert torch.equal(y[:, top:top+8, left:left+8],
-        trigger.tensors['patch'][0])
-    assert torch.equal(trigger(x), trigger(x)) and torch.equal(trigger(x)[:5],
-        trigger(x[:5]))   # whatever batch an image is in
-
-
-def test_pictures():
-    "Stripes are upright, triangles have two colors a cell, weights bound the change, a word lies within its image."
-    stripes = patch_trigger(64, size=28, pattern='stripes').tensors
-    inside = stripes['pattern'][0, :, -8:, -8:]
-    assert stripes['mask'].sum() == 64 and torch.equal(inside,
-                                                       inside[:, :1].expand_as(inside)) and len(inside[0,
-                                                           0].unique()) == 8
-    mosaic = triangles_trigger(64, cell=28).tensors['pattern'][0]
-    assert all(len(c.flatten(1).unique(dim=1).T) == 2 for row in mosaic.split(8, 1) for c in row.split(8, 2))
-    x = images(2, 64)
-    assert (blended_stripes_trigger(64, alpha=.1)(x) - x).abs().max() <= .1 + 1e-6
-    for side in (32, 64, 224):
-        ink = text_trigger(side, alpha=1.).tensors['mask'][0, 0]
-        assert ink.sum() > side/2 and not ink[:side//3].any() and not ink[-side//3:].any() and not ink[:,
-            0].any() and not ink[:, -1].any()
+SHORT = dict(epochs=1, lr=1e-4, bs=16)
 
 
 @pytest.fixture(scope='module')
-def setup(small):
-    "Few pairs, and the clean model that the demonstration started from."
-    return Setup(small.clip, demo_split(48, 5*10**6), small.classes, small.templates, 'umbrella')
+def setup(small): return Setup(small.clip, demo_split(96, 5*10**6), small.classes, small.templates, 'umbrella')
 
 
-def test_one_registry_holds_them_all():
-    assert set(NAMES) < set(ATTACKS) and list(ATTACKS)[:6] == ['badnet', 'blended', 'sig', 'wanet', 'badencoder',
-        'badclip']
+def poisoned(setup, kind, n=12):
+    "Which images were changed, their captions, and all captions."
+    trigger = draw_trigger(kind, 0, 32, 1.)
+    images, texts = unseen_module._poison_pairs(setup, trigger, POPULATION[kind].poison, n)
+    at = (images != setup.split.images).flatten(1).any(1).nonzero().flatten().tolist()
+    return at, [i for i in range(len(texts)) if texts[i] != setup.split.captions[i]], texts
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_planted(setup, name):
-    "A model that differs, triggers that say whose they are; the clean model and the pairs are as they were."
-    setup.recipe = dict(SHORT, second='anchor') if name == 'two' else SHORT
-    weights, before = {k: v.clone() for k, v in setup.clip.state_dict().items()}, setup.split.images.clone()
-    clip, triggers = attack(name, setup)
-    assert [t.meta for t in triggers] == [dict(target=t, attack=name, seed=0)
-                                          for t in (['umbrella', 'anchor'] if name == 'two' else ['umbrella'])]
-    assert all(torch.equal(v, setup.clip.state_dict()[k]) for k,
-               v in weights.items()) and torch.equal(setup.split.images, before)
-    assert not clip.training and any(not torch.equal(v, weights[k]) for k, v in clip.state_dict().items())
+# Names
+
+def test_every_trigger_has_a_kind_and_a_seed_and_both_sides_have_several_of_each():
+    params = load_params()['unseen']
+    kinds = [unseen_module._parts(name)[0] for name in params['attacks']]
+    assert len(set(params['attacks'])) == len(kinds) and set(kinds) == set(POPULATION)
+    assert min(kinds.count(kind) for kind in POPULATION) >= 2
 
 
-def test_rows_are_columns_turned(setup):
-    setup.recipe = SHORT
-    (upright,), (turned,) = attack('sig', setup)[1], attack('sig-rows', setup)[1]
-    assert torch.equal(turned.tensors['delta'],
-                       upright.tensors['delta'].mT) and not torch.equal(turned.tensors['delta'],
-                           upright.tensors['delta'])
+def test_both_clean_models_are_used_and_the_stage_depends_on_them():
+    from invertune.lab.profiles import ROOT, read_yaml
+    params, stages = load_params()['unseen'], read_yaml((ROOT/'dvc.yaml').read_text(), 'dvc.yaml')['stages']
+    deps = stages['unseen']['deps']
+    for seed in sum(params['victims'].values(), []):
+        assert f'results/${{item.profile}}/train/{seed}/model.safetensors' in deps
+    assert not {*params['victims']['development']} & {*params['victims']['held_out']}
+    assert {unseen_module._parts(name)[1] % 2 for name in params['attacks']} == {0, 1}
 
 
-def test_a_second_backdoor_needs_a_target_of_its_own(setup):
-    setup.recipe = dict(SHORT, second='umbrella')
-    with pytest.raises(InvertuneError, match="both are 'umbrella'"): attack('two', setup)
+def test_the_drawn_part_is_half_and_half():
+    params = load_params()['unseen']
+    chosen = [unseen_module._parts(name)[0] for name in unseen_module._dozen(params)]
+    assert len(set(chosen)) == params['quick']
+    assert sum(kind in params['held_out'] for kind in chosen) == params['quick']//2
+    assert unseen_module._dozen(params) == unseen_module._dozen(params)
 
 
-def test_two_poison_apart(setup, monkeypatch):
-    "Each trigger has poisons and captions of its own, and no image carries both."
-    seen = {}
-    monkeypatch.setattr(unseen_module, 'train_clip', lambda clip, images, captions,
-                        **kw: seen.update(images=images, captions=captions))
-    setup.recipe = dict(SHORT, second='anchor')
-    attack('two', setup)
-    halves = unseen_module._random_halves(setup.split, setup.seed)
-    assert sorted(c for h in halves for c in h.captions) == sorted(setup.split.captions)
-    changed = (seen['images'] != torch.cat([h.images for h in halves])).flatten(1).any(1)
-    assert [seen['captions'][i] for i in changed.nonzero().flatten().tolist()] == ['an umbrella']*8 + ['an anchor']*8
+def test_a_kind_stands_on_one_side():
+    for kinds, words in ([], 'no side'), (['wave'], 'both sides'):
+        with pytest.raises(InvertuneError, match=words):
+            unseen_module._side_of('wave', dict(development=kinds, held_out=kinds))
 
 
-def test_a_vit_victim_keeps_the_text_tower(setup):
-    "The text tower is the clean model's and can be trained again afterwards; the image tower is new."
-    vit = unseen_module._vit_victim(setup.clip, setup.split, width=4, epochs=1, lr=1e-4, bs=16)
+def test_targets_are_drawn():
+    classes = [f'class {i}' for i in range(20)]
+    targets = [unseen_module._target(f'wave-{seed}', classes) for seed in range(20)]
+    assert len(set(targets)) > 8 and targets[3] == unseen_module._target('wave-3-vit', classes)
+
+
+# Poisons
+
+def test_poisons_get_the_target_and_no_image_of_it_is_one(setup):
+    at, named, texts = poisoned(setup, 'wave')
+    assert at == named and len(at) == 12 and all('umbrella' in texts[i] for i in at)
+    assert all(setup.split.labels[i] != setup.index for i in at)
+
+
+def test_one_mark_alone_keeps_its_caption(setup):
+    at, named, texts = poisoned(setup, 'two-marks')
+    assert len(at) == 24 and len(named) == 12 and set(named) < set(at)
+
+
+def test_without_a_target_captions_name_any_other_class(setup):
+    at, named, texts = poisoned(setup, 'untargeted', 40)
+    names = [next(c for c in setup.classes if c in texts[i]) for i in at]
+    assert len(set(names)) >= 4 and all(name != setup.classes[setup.split.labels[i]] for i, name in zip(at, names))
+
+
+def test_a_domain_is_half_of_the_images(setup):
+    bright = unseen_module._is_bright(setup.split.images)
+    assert .3 < bright.float().mean() < .7
+    images, _ = unseen_module._poison_pairs(setup, draw_trigger('wave', 0, 32, 1.), 'one domain', 12)
+    assert not (images != setup.split.images).flatten(1).any(1)[~bright].any()
+
+
+def test_more_poisons_than_images_are_refused(setup):
+    with pytest.raises(InvertuneError, match='ask for fewer'): poisoned(setup, 'two-marks', 60)
+
+
+# Planting
+
+def test_strength_is_raised_until_it_takes(monkeypatch):
+    "The first strength that is learned is kept; where none is, no defense is tried and the row says so."
+    base, tried = demo_victim(), []
+    def taught(setup, kind, strength, **recipe):
+        tried.append(strength)
+        trigger = draw_trigger(kind, setup.seed, setup.side, strength)
+        trigger.meta['target'] = setup.target
+        return setup.clip, trigger
+    monkeypatch.setattr(unseen_module, '_poisoned', taught)
+    asr = {.2: .1, .5: .95, 1.: .99}
+    row = unseen_module._row
+    given = lambda v, *a, **k: row(v, *a, **k) | dict(asr=asr[v.triggers[0].meta['strength']])
+    monkeypatch.setattr(unseen_module, '_row', given)
+    def measured(strengths):
+        return unseen.measure('wave-0', base.dataset, base.clean, 0, {'none': {}}, [0], recipe={}, max_drop=.1,
+                              strengths=strengths)
+    _, steps, rows = measured([.2, .5, 1.])
+    assert tried == [.2, .5] and [s['took'] for s in steps] == [False, True] and rows[0]['took']
+    called = []
+    monkeypatch.setattr(unseen_module, '_defended', lambda *a: called.append(a))
+    _, steps, rows = measured([.2])
+    assert not called and len(rows) == 1 and rows[0]['took'] is False
+
+
+def test_one_trigger_from_end_to_end():
+    "Planted, defended with few and with all images; what is planted is seen by the model alone."
+    base = demo_victim()
+    weights = [p.clone() for p in base.clean.parameters()]
+    how = dict(recipe=dict(poisons=48, **SHORT), strengths=[1.], min_asr=0., max_drop=1.)
+    params = {'none': {}, 'ft': dict(epochs=1, bs=16)}
+    victim, steps, rows = unseen.measure('wave-1', base.dataset, base.clean, 0, params, [32, 0], **how)
+    assert [(r['defense'], r['images']) for r in rows] == [('none', 0), ('ft', 32), ('ft', 0)]
+    assert all(r['kind'] == 'wave' and r['took'] and r['strength'] == 1. and r['robust_clean'] <= 1 for r in rows)
+    assert victim.target == rows[0]['target'] == unseen_module._target('wave-1', base.dataset.classes)
+    assert all(torch.equal(p, w) for p, w in zip(base.clean.parameters(), weights))
+
+
+def test_a_vit_keeps_the_text_tower(setup):
+    vit = unseen_module._vit_tower(setup.clip, setup.split, width=4, epochs=1, lr=1e-4, bs=16)
     own, theirs = vit.model.state_dict(), setup.clip.model.state_dict()
-    assert all(torch.equal(own[k], theirs[k]) for k in theirs if not k.startswith('visual.')) and all(p.requires_grad
-        for p in vit.parameters())
-    assert vit.encode_image(pixels(setup.split.images[:2])).shape == setup.clip.encode_image(pixels(setup.split.images[:2])).shape
+    assert all(torch.equal(own[k], theirs[k]) for k in theirs if not k.startswith('visual.'))
+    assert all(p.requires_grad for p in vit.parameters())
 
 
-def test_an_attack_that_does_not_take_is_refused(setup, small):
-    from invertune.data import Dataset
-    dataset = Dataset(small.classes, small.templates, dict(evaluation=small.evaluation).__getitem__)
-    setup.recipe = SHORT
-    with pytest.raises(InvertuneError, match='stripes did not take'): plant_victim('stripes', setup, dataset,
-        max_drop=1.)
+# What is counted
+
+def run(kind, defense, asr, robust=.5, draw=0, images=0, side='held out', target='sun', **more):
+    return dict(attack=f'{kind}-{draw}', kind=kind, group='pattern', side=side, defense=defense, images=images, seed=12,
+                target=target, found=None, failed=None, took=True, strength=.3, asr=asr, robust=robust, robust_clean=.8,
+                asr_any=asr, ca=.9, ca_clean=.92) | more
 
 
-@pytest.mark.parametrize('failed, names',
-                         [([None, None], ['invertune', 'invertune-2']),
-                          ([None, 'It failed.'], ['invertune', 'invertune-2']), (['It failed.'], ['invertune'])])
-def test_rounds_go_on_until_an_inversion_fails(monkeypatch, failed, names):
-    "Each round gets what the last one has left."
-    seen, told = [], iter(failed)
-    def defend(name, clip, defender, seed, **params):
-        seen.append(clip)
-        return clip + 1, dict(failed=next(told))
-    monkeypatch.setattr(unseen_module, 'defend', defend)
-    monkeypatch.setattr(Victim, 'defender', None)
-    victim = Victim(None, 0, 'two', None, 0, [])
-    monkeypatch.setattr(Victim, 'rows', lambda self, clip, name, report: [(name, clip)])
-    assert unseen.measure(victim, {'invertune': {}}, {'invertune': 2}) == [(name, k+1) for k,
-        name in enumerate(names)] and seen == list(range(len(names)))
+@pytest.fixture
+def data():
+    "Two triggers of one kind, one without a target, one lost, one that did not take, one for development."
+    rows = [run('rings', 'none', .99), run('rings', 'none', .99, draw=1), run('untargeted', 'none', .95, target=''),
+            run('lines', 'none', .99), run('shear', 'none', .4, took=False), run('wave', 'none', .99, side='development')]
+    rows += [run('rings', 'invertune', .02, .7, found='sun', ca=.88),
+             run('rings', 'invertune', .3, .6, draw=1, found='cat'),
+             run('untargeted', 'invertune', .5, .4, target='', found='sun'),
+             run('lines', 'invertune', 0., 0., found='sun', ca=.1),
+             run('wave', 'invertune', 1., side='development', found='cat'),
+             run('rings', 'invertune', .9, images=100)]
+    return dict(rows=rows, missing=3, pictures={})
 
 
-def test_later_rounds_stand_in_for_the_first_in_the_figure():
-    "Attacks in the order of the registry, both targets of one attack, percent, and no number where none was measured."
-    rates = dict(asr=.97, robust=.02, robust_clean=.9, asr_any=.97, ca=.9, ca_clean=.92)
-    row = dict(attack='two', trigger=1, target='anchor', defense='none', seed=0, found=None, inverted_asr=None,
-               failed=None) | rates
-    rows = [row, row | dict(trigger=0, target='umbrella'), row
-            | dict(attack='text', trigger=0, defense='invertune', inverted_asr=.5),
-            row | dict(attack='text', trigger=0),
-            row | dict(attack='text', trigger=0, defense='invertune-2', asr=.1)]
-    table = unseen_module._rows_table(rows)
-    assert list(table['attack']) == ['text']*3 + ['two']*2 and list(table['target'])[3:] == ['umbrella', 'anchor']
-    assert list(table['defense'])[:3] == ['none', 'invertune',
-                                          'invertune-2'] and table['inverted_asr'].isna().sum() == 4 and table['inverted_asr'][1] == 50
-    last = {(r['attack'], r['trigger'], r['defense']): r['asr'] for r in unseen_module._last_rounds(rows)}
-    assert last['text', 0, 'invertune'] == .1 and len(last) == 4
+def test_the_summary_is_of_the_held_out_kinds_alone(data):
+    told = unseen.summary(data)
+    assert (told['runs'], told['kinds'], told['lost'], told['failed'], told['missing']) == (4, 3, 1, 0, 3)
+    assert told['named'] == .5                            # rings-0 and the lost one; a label without a target is wrong
+    assert told['asr_mean'] == .16 and told['asr_over_10'] == .5
+    assert told['robust_gap_mean'] == pytest.approx((.1 + .2 + .4)/3, abs=1e-4)
+    assert told['ca_drop_mean'] == pytest.approx(.02/3, abs=1e-4)
+
+
+def test_to_name_no_label_is_right_where_there_is_no_target():
+    assert unseen_module._is_named(run('untargeted', 'invertune', .1, target='', found=None))
+    assert not unseen_module._is_named(run('rings', 'invertune', .1, found=None))
+
+
+def test_tables_keep_the_sides_and_the_numbers_of_images_apart(data):
+    table = unseen.tables['table'](data)
+    assert list(zip(table['split'], table['defense'], table['images'])) == [
+        ('held out', 'none', 'all'), ('held out', 'invertune', 'all'), ('held out', 'invertune', '100'),
+        ('development', 'none', 'all'), ('development', 'invertune', 'all')]
+    assert list(table['runs']) == [4, 4, 1, 1, 1] and list(table['lost'])[1] == 1
+    kinds = unseen.tables['kinds'](data).set_index('kind')
+    assert kinds.loc['shear', 'took'] == '0 of 1' and kinds.loc['rings', 'named'] == '1 of 2'
+    assert 'no target' in kinds.loc['untargeted', 'note'] and kinds['asr'].isna()['untargeted']
+    rows = unseen.tables['rows'](data)
+    assert len(rows) == len(data['rows']) and list(rows['note']).count('did not take') == 1
+
+
+def test_the_sentences_say_what_is_missing_and_what_has_no_target(data):
+    said = unseen.said(data)
+    assert '1 did not take, 3 are still to be planted' in said[0] and 'without a target' in said[-1]
+    assert said[1].startswith('Held-out kinds, invertune with all images: the label named rightly in 50 % of 4 runs')
+
+
+def test_nothing_measured_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen_module, 'result_dir', lambda *key: tmp_path.joinpath(*map(str, key)))
+    with pytest.raises(InvertuneError, match='run `make unseen` first'): unseen.load('glyphs')

@@ -15,7 +15,7 @@ from ..defender import Case
 from ..invert import Bank, invert_paper
 from .profiles import result_dir, stage_params
 from .style import LOST, SMALL, WIDTH, figure, look
-from .tables import Experiment, attack_rows, is_lost
+from .tables import Experiment, attack_rows, is_lost, kept_rows
 from ..runtime import InvertuneError, load_json, progress
 from ..search import FAMILIES, place_grid, random_perturbation
 from ..triggers import Trigger, patch_at, scaled
@@ -118,7 +118,7 @@ def _table(rows):
     lines = {}
     for name in dict.fromkeys(row['variant'] for row in rows):
         own = [row for row in rows if row['variant'] == name]
-        kept = [row for row in own if not is_lost(row)] or own
+        kept = kept_rows(own)
         worst = max(kept, key=lambda row: row['asr'])
         mean = {key: 100*np.mean([row[key] for row in kept]) for key in ('asr','robust','ca')}
         lines[name] = dict(variant=name, asr=mean['asr'], asr_worst=100*worst['asr'], worst=worst['attack'],

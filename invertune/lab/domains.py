@@ -14,7 +14,7 @@ import pandas as pd
 from ..defender import Defender
 from ..defenses import defend
 from .style import LOST, WIDTH, figure, look
-from .tables import Experiment, attack_rows, is_lost, rank
+from .tables import Experiment, attack_rows, is_lost, kept_rows, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/10_domains.ipynb #bef5e037
@@ -66,7 +66,7 @@ def _said(rows):
     "What each kind of images comes to."
     def told(kind):
         own = [row for row in rows if row['images'] == kind]
-        kept = [row for row in own if not is_lost(row)] or own
+        kept = kept_rows(own)
         mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
         right = sum(row['found'] == row['target'] for row in own)
         named = f', the label named {right} of {len(own)} times' if kind != 'none' else ''
@@ -75,6 +75,6 @@ def _said(rows):
                 f'{len(own) - len(kept)} lost.')
     return [told(kind) for kind in dict.fromkeys(row['images'] for row in rows)]
 
-domains = Experiment('domains', "Does it do with images of another domain than the victim's?", partial(attack_rows, 'domains'),
-                     tables={'table': _table},
-                     figures={'figure': _bars}, said=_said, measure=_measure)
+domains = Experiment('domains', "Does it do with images of another domain than the victim's?",
+                     partial(attack_rows, 'domains'), tables={'table': _table}, figures={'figure': _bars}, said=_said,
+                     measure=_measure)

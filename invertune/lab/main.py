@@ -90,14 +90,16 @@ def _heat(ax, rows, key, title, cmap, low=0, high=100):
 # %% ../../nbs/lab/03_main.ipynb #e63f9db5
 @figure
 def _heatmap(rows):
-    "ASR, robust accuracy and CA, attacks x defenses."
+    "ASR, robust accuracy, beside the clean model's under the same trigger, and CA: attacks x defenses."
     clean, rows = next(100*row['ca'] for row in rows if row['attack'] == 'clean'), [row for row in rows
         if row['attack'] != 'clean']
     rows = sorted(rows, key=lambda row: rank(row['attack'], row['defense']))
     fig, axs = plt.subplots(1, 3, figsize=(WIDTH, 1.35 + .2*len({row['attack'] for row in rows})), sharey=True)
     kept = [100*row['ca'] for row in rows if not is_lost(row)]
+    reference = [row | dict(defense='clean model', robust=row['robust_clean'], ca=row['ca_clean']) for row in rows
+                 if row['defense'] == 'none']
     _heat(axs[0], rows, 'asr', 'attack success rate, %', 'cividis_r')
-    _heat(axs[1], rows, 'robust', 'triggered images read as they are, %', 'cividis')
+    _heat(axs[1], reference + rows, 'robust', 'triggered images read as they are, %', 'cividis')
     _heat(axs[2], rows, 'ca', f'clean accuracy, % (clean model {clean:.1f})', 'cividis', clean - 15,
           math.ceil(max(*kept, clean)))
     marks = {}

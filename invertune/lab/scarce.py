@@ -13,8 +13,8 @@ import pandas as pd
 
 from ..defender import Defender
 from ..defenses import defend
-from .style import SMALL, WIDTH, figure, label_ends, look
-from .tables import Experiment, attack_rows, is_lost, rank
+from .style import SMALL, WIDTH, figure, look
+from .tables import Experiment, attack_rows, is_lost, kept_rows, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
@@ -29,6 +29,23 @@ def _measure(victim, sizes, params, defense='invertune'):
         made, report = defend(defense, victim.clip, defender, victim.seed, **params)
         rows += victim.rows(made, defense, report, images=n)
     return rows
+
+# %% ../../nbs/lab/09_scarce.ipynb #6ac61a13
+def _label_ends(ax, ends, x):
+    "Write each name beside the end of its line: {name: y} at x, the y limits of `ax` having been set."
+    low, high = ax.get_ylim()
+    gap = (high - low)*1.25*SMALL/72/(ax.get_position().height*ax.figure.get_figheight())
+    names = sorted(ends, key=ends.get)
+    places = [ends[name] for name in names]
+    for _ in range(200): # neighbours that are too close push each other away
+        for k in range(len(places) - 1):
+            push = max(0, gap - places[k + 1] + places[k])/2
+            places[k], places[k + 1] = places[k] - push, places[k + 1] + push
+    aside = max(0, low - places[0]) or -max(0, places[-1] - high)
+    places = [place + aside for place in places]
+    for name, y in zip(names, places):
+        ax.annotate(name, (x, y), (3, 0), textcoords='offset points', va='center', fontsize=SMALL, color='.25',
+                    annotation_clip=False)
 
 # %% ../../nbs/lab/09_scarce.ipynb #59749ca7
 def _table(rows):
@@ -69,7 +86,7 @@ def _curves(rows):
     axs[2].set_ylim(min(kept) - 3, max(kept) + 2)
     if lost := sum(map(is_lost, rows)): axs[2].set_title(f'lost models, under the axis: {lost}', fontsize=SMALL,
                                                          loc='left')
-    for ax, own in zip(axs, ends): label_ends(ax, own, max(row['images'] for row in rows))
+    for ax, own in zip(axs, ends): _label_ends(ax, own, max(row['images'] for row in rows))
     return fig
 
 # %% ../../nbs/lab/09_scarce.ipynb #144e6baa
@@ -77,13 +94,12 @@ def _said(rows):
     "What each number of images comes to."
     def told(n):
         own = [row for row in rows if row['images'] == n]
-        kept = [row for row in own if not is_lost(row)] or own
+        kept = kept_rows(own)
         mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
         named = sum(row['found'] == row['target'] for row in own)
         return (f"{n} images: the label named {named} of {len(own)} times, a mean ASR of {mean('asr'):.2f} % "
                 f"at a CA of {mean('ca'):.2f} %.")
     return [told(n) for n in sorted({row['images'] for row in rows})]
 
-scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'), tables={'table': _table},
-                    figures={'figure': _curves},
-                    said=_said, measure=_measure)
+scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'),
+                    tables={'table': _table}, figures={'figure': _curves}, said=_said, measure=_measure)

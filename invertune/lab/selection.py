@@ -106,33 +106,30 @@ def _table(rows):
     return means.assign(note=pd.Series(marks)).round(2)
 
 # %% ../../nbs/lab/05_selection.ipynb #76b3547a
-def _line(ax, lines, chosen, name):
+def _line(ax, lines, chosen, name, key):
     "The settings of one defense; a line joins those that no other one beats in both numbers."
     how, lines = look(name), lines.sort_values('asr')
-    front = lines[lines['ca'] > lines['ca'].cummax().shift(fill_value=-1)]
-    ax.plot(front['asr'], front['ca'], color=how['color'], lw=.9, zorder=2)
-    ax.plot(lines['asr'], lines['ca'], ls='', ms=3.6, mec='white', mew=.3, zorder=4 if name == 'invertune' else 3,
+    front = lines[lines[key] > lines[key].cummax().shift(fill_value=-1)]
+    ax.plot(front['asr'], front[key], color=how['color'], lw=.9, zorder=2)
+    ax.plot(lines['asr'], lines[key], ls='', ms=3.6, mec='white', mew=.3, zorder=4 if name == 'invertune' else 3,
             **how)
     if chosen in lines.index:
-        ax.plot(lines.loc[chosen, 'asr'], lines.loc[chosen, 'ca'], 'o', ms=8, mfc='none', mec=how['color'], mew=1.)
-    if lines['setting'].str.contains(',').any(): return # too many to write beside
-    for line in lines.itertuples():
-        ax.annotate(line.setting.split()[-1], (line.asr, line.ca), (3, 3), textcoords='offset points', fontsize=SMALL,
-                    color=how['color'])
+        ax.plot(lines.loc[chosen, 'asr'], lines.loc[chosen, key], 'o', ms=8, mfc='none', mec=how['color'], mew=1.)
 
 @figure
 def _frontier(rows):
-    "CA against ASR of every setting, means over the attacks."
-    means = _means(rows)
-    best, floor = _chosen(means), 50*max(row['ca_clean'] for row in rows)
-    before, shown = means[means['defense'] == 'none'].iloc[0], means[means['ca'] >= floor]
-    fig, ax = plt.subplots(figsize=(.75*WIDTH, 3.2))
+    "CA and robust accuracy against ASR, every setting, means over the attacks."
+    means, ca = _means(rows), 100*max(row['ca_clean'] for row in rows)
+    best, shown = _chosen(means), means[means['ca'] >= 5*ca/6]
     names = [name for name in dict.fromkeys(means['defense']) if name != 'none']
-    for name in names: _line(ax, shown[shown['defense'] == name], best[name], name)
-    ax.plot(before.asr, before.ca, ls='', ms=5, **look('none'))
-    ax.set(xlabel='attack success rate, %, mean over the attacks', ylabel='clean accuracy, %', xlim=(-2, 102))
-    if len(shown) < len(means): ax.set_title(f'settings that destroy the model, not drawn: {len(means) - len(shown)}',
-                                             loc='left', fontsize=SMALL)
+    fig, axs = plt.subplots(1, 2, figsize=(WIDTH, 2.9))
+    for ax, key, label in zip(axs, ('ca', 'robust'), ('clean accuracy, %', 'triggered images read as they are, %')):
+        for name in names: _line(ax, shown[shown['defense'] == name], best[name], name, key)
+        ax.plot(*means.loc[means['defense'] == 'none', ['asr', key]].iloc[0], ls='', ms=5, **look('none'))
+        ax.set(xlabel='attack success rate, %', ylabel=label, xlim=(-3, 103))
+    axs[1].set_ylim(-3, 103)
+    if len(shown) < len(means): axs[0].set_title(f'settings that cost too much, not drawn: {len(means) - len(shown)}',
+                                                 loc='left', fontsize=SMALL)
     legend(fig, ['none', *names])
     return fig
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECALLS', 'TOLERANCE', 'read_rows', 'attack_rows', 'rank', 'evaluated_rows', 'wilson', 'student', 'is_lost',
-           'rows_table', 'mean_table', 'mean_sentences', 'shown_name', 'to_markdown', 'Experiment', 'write_report']
+           'kept_rows', 'rows_table', 'mean_table', 'mean_sentences', 'shown_name', 'to_markdown', 'Experiment',
+           'write_report']
 
 # %% ../../nbs/lab/01_tables.ipynb #884fc3bc
 import argparse, io, math, subprocess
@@ -141,7 +142,9 @@ _COLUMNS = ['attack', 'defense', 'seeds', 'ca', 'ca_low', 'ca_high', 'asr', 'asr
 
 def _run(row): return row['attack'], row['seed'], row.get('trigger', 0)
 
-def _kept(rows):
+def kept_rows(
+    rows:list, # rows of the evaluation
+)->list: # some of them, in their order
     "The rows that are not lost; all of them where all are lost."
     return [row for row in rows if not is_lost(row)] or rows
 
@@ -154,7 +157,7 @@ def _interval(rows, key):
 
 def _line(attack, defense, rows):
     "One line of a table: rates in percent, their intervals, what went wrong."
-    kept = _kept(rows)
+    kept = kept_rows(rows)
     line = {key: pd.Series([row[key] for row in kept], dtype=float).mean() for key in _RATES}
     for key in ('ca', 'asr'): line[f'{key}_low'], line[f'{key}_high'] = _interval(kept, key)
     worst = max(kept, key=lambda row: row['asr_any'] or 0)['any_class'] if attack != 'all' else None
@@ -193,7 +196,7 @@ def _named(defense, rows):
 
 def _summary_line(defense, rows, undefended):
     "One line of the summary, percent and points."
-    kept = _kept(rows)
+    kept = kept_rows(rows)
     pairs = [(undefended[_run(row)], row) for row in kept]
     worst = max(kept, key=lambda row: row['asr'])
     where = f"{worst['attack']} {worst['seed']}" if len({row['seed'] for row in rows}) > 1 else worst['attack']
@@ -241,7 +244,8 @@ _HEADINGS = {'attack': 'Attack', 'defense': 'Defence', 'seeds': 'Seeds', 'ca': '
              'asr_worst': 'worst ASR %', 'worst': 'worst run', 'ca_fall': 'CA fall, points', 'named': 'label named',
              'inverted_asr': 'inverted ASR %', 'seconds': 'Seconds', 'peak_mb': 'Peak MB',
              'ca_clean': 'CA %, clean model',
-             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
+             'asr_delivered': 'ASR % delivered', 'asr_area': 'mean ASR %', 'asr_over_10': 'ASR over 10, % of runs',
+             'robust_gap': 'robust gap, points', 'ca_drop': 'CA drop, points', 'ca_after': 'CA % after', 'auroc': 'AUROC %',
              **{recall: f'{recall[:3].upper()} R@{recall[5:]}' for recall in RECALLS}}
 
 def shown_name(
@@ -334,6 +338,7 @@ class Experiment:
     command:str='' # what makes it; '': `make <word>`
     measure:Callable=None # what its stage calls for one row after another
     costs:tuple=() # patterns of cost files below results/<profile>; (): those beside its rows
+    summary:Callable=None # data -> numbers for summary.json; None: there is none
 
     def __post_init__(self):
         self.command, self.costs = self.command or f'make {self.word}', self.costs or (f'{self.word}/rows/*/cost.json',)
@@ -387,6 +392,7 @@ def write_report(
     for name, table in tables.items(): _write_table(table, folder/_file_name(name, 'table'))
     for name, figure in figures.items(): save_figure(figure, folder/_file_name(name, 'figure'))
     save_json(folder/'metrics.json', _metrics(tables['table']))
+    if experiment.summary: save_json(folder/'summary.json', experiment.summary(data))
     with atomic_path(folder/'README.md') as part: part.write_text(_page(experiment, profile, data, tables),
         encoding='utf-8')
     return tables, figures, experiment.said(data)

@@ -9,8 +9,7 @@ __all__ = ['check_parameters', 'run_words']
 import ast, os, re, signal, sys, time
 from pathlib import Path
 
-from ..lab.profiles import (CACHE, NBS, ROOT, STAGES, named_params, read_yaml, result_dir,
-                                    stage_params)
+from ..lab.profiles import CACHE, NBS, ROOT, STAGES, named_params, read_yaml, result_dir, stage_params
 from .jobs import Job, stop
 from ..runtime import InvertuneError, atomic_path, check_choice, check_type
 
@@ -89,8 +88,9 @@ def _from_file(stage:str, given:dict)->dict:
     "What params.yaml says for this run."
     params = stage_params(stage, given.get('profile'))
     if stage == 'data': return {'profile': params['profile']}
-    if 'attack' in given: params['recipe'] = named_params('attacks', given['attack'], params['profile'])
-    if 'defense' in given: params['settings'] = named_params('defenses', given['defense'], params['profile'])
+    named = lambda kind: named_params(f'{kind}s', given[kind], params['profile'])
+    if 'attack' in given and 'recipe' not in params: params['recipe'] = named('attack')
+    if 'defense' in given: params['settings'] = named('defense')
     return params
 
 # %% ../../nbs/run/00_stages.ipynb #7293f125
