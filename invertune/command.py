@@ -7,7 +7,8 @@ __all__ = ['scan_model', 'clean_model', 'run_command']
 
 # %% ../nbs/method/20_command.ipynb #20000002
 import invertune.compat
-import argparse, copy, csv, io, json, os, random, signal, sys, tarfile, tempfile, threading, time, traceback
+import argparse, copy, csv, inspect, io, json, os, random, signal, sys, tarfile, tempfile, threading, time
+import traceback, warnings
 import numpy as np
 import torch
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from PIL import Image
 from typing import Iterator
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from .attacks import ATTACKS
+from .checkpoint import open_checkpoint, save_open_clip
 from .defender import *
 from .defenses import defend
 from .images import _check_reading, _rgb, make_defender
@@ -32,13 +34,16 @@ from .verdict import Verdict, load_calibration, scan
 # %% ../nbs/method/20_command.ipynb #20000005
 @contextmanager
 def _callers_state()->Iterator[None]:
-    "Afterwards generators, flags and the environment are what they were."
+    "Afterwards generators, flags, filters and the environment are what they were."
     torch_now, python, arrays = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill_memory, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     env = os.environ.get('CUBLAS_WORKSPACE_CONFIG')
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'the prompt ')  # a name that is cut; `_judged` tells it, once
+            yield
     finally:
         torch.set_rng_state(torch_now); random.setstate(python); np.random.set_state(arrays)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
@@ -47,28 +52,52 @@ def _callers_state()->Iterator[None]:
         os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None) if env is None else os.environ.update(CUBLAS_WORKSPACE_CONFIG=env)
 
 # %% ../nbs/method/20_command.ipynb #20000007
-def _open_model(
-    source:str|Path, # a safetensors file of invertune, or NAME:TAG of open_clip
-)->Clip: # on `pick_device()`, in eval mode
-    "Open a checkpoint."
-    path, (name, _, tag) = Path(source), str(source).partition(':')
-    if path.is_file(): return load_clip(path)
-    if tag: return pretrained_clip(name, tag).eval()
-    raise InvertuneError(f"there is no file {source}, and it is no NAME:TAG of open_clip, such as 'RN50:openai'")
-
 def _as_clip(
-    model:object, # a `Clip`, an open_clip model, a file, or NAME:TAG
-    tokenizer:Callable|None, # of an open_clip model; None: CLIP's own
+    model:object, # a checkpoint, a `Clip`, or a model of open_clip
+    tokenizer:Callable|None, # of a model of open_clip; None: CLIP's own
+    opening:dict, # of a checkpoint: parameters of `open_checkpoint`
 )->Clip:
-    "Whatever it is, as a `Clip`; left where it is and as it is."
+    "Whatever it is, as a `Clip`; a model that is loaded is left where it is and as it is."
+    if isinstance(model, (str, Path)): return open_checkpoint(model, **_checked_opening(opening))
+    if opening: raise InvertuneError(f'a model that is loaded is as it is: leave opening={opening} out')
     if isinstance(model, Clip): return model
-    if isinstance(model, (str, Path)): return _open_model(model)
     if not isinstance(model, torch.nn.Module) or not hasattr(model, 'encode_image') or not hasattr(model, 'visual'):
         raise InvertuneError(f'a {type(model).__name__} is no model: give a checkpoint, a Clip, or a model of open_clip')
     own = getattr(model.visual, 'preprocess_cfg', None) or {}
     stats = {k: list(own[k]) for k in ('mean','std') if k in own}
     clip = Clip(model, getattr(model, 'context_length', 77), stats, tokenizer)
     return clip.to(next(model.parameters()).device)
+
+def _checked_opening(opening:dict)->dict: # the same
+    "Only what `open_checkpoint` takes."
+    known = list(inspect.signature(open_checkpoint).parameters)[1:]
+    for key in opening: check_choice('setting of a checkpoint', key, known)
+    return opening
+
+
+# %% ../nbs/method/20_command.ipynb #20000031
+_READ = dict(name='architecture', quick_gelu='QuickGELU', mean='mean', std='std', interpolation='resized',
+             resize_mode='cut', context='tokens a text', tokenizer='tokenizer') # key of a config -> how it is called
+
+def _as_read(
+    clip:Clip, # the model under test
+)->list[dict]: # setting, value, origin: who says it
+    "How a model is computed, and how that is known."
+    c, who = clip.config, clip.config.get('origin', {})
+    known = {k: c[k] for k in _READ if c.get(k) is not None}
+    if 'name' not in known and 'kind' in c: known = dict(name=c['kind']) | known
+    side = dict(setting='image side', value=clip.image_size, origin='the architecture')
+    return [*(dict(setting=_READ[k], value=v, origin=who.get(k, 'the model')) for k,v in known.items()), side]
+
+def _doubts(
+    clip:Clip, # the model under test
+)->list[str]: # without a full stop
+    "What a reader should know about how the model was opened."
+    guessed = [k for k in ('mean','std') if 'does not say' in clip.config.get('origin', {}).get(k, '')]
+    if not guessed: return []
+    return [f"the file does not say {' and '.join(guessed)}: open_clip's default is taken; if the model was trained with "
+            'others, give them (--mean, --std), for the answer may be of another model']
+
 
 # %% ../nbs/method/20_command.ipynb #20000009
 _line = None # the `_Line` that is shown, if any
@@ -143,6 +172,7 @@ class _Task:
     seed:int # of everything
     notes:list # what a reader should know
     settings:dict # for the report
+    opened:list # from `_as_read`
     began:float=field(default_factory=time.monotonic) # for the minutes
 
     def settled(self)->dict: # name -> value
@@ -159,6 +189,9 @@ def _blind_spots(task:_Task)->list[str]:
     few = task.budget['families']
     said = [f"Most of what is usually tried: this budget has {len(few)} families ({', '.join(few)})."] if few else []
     size = task.calibration['side']
+    if not is_resnet(task.clip) and not hasattr(task.clip.model.visual, 'transformer'):
+        said.append('What is usual for this kind of image tower: the verdict knows ResNets and ViTs of CLIP, and takes it '
+                    'for a ViT.')
     if task.clip.image_size == size: return said
     return [*said, f'What is usual for models of {task.clip.image_size} pixels: the verdict was calibrated at {size}, so it '
                    'is a guess.']
@@ -167,17 +200,24 @@ def _blind_spots(task:_Task)->list[str]:
 def _task(
     model:object, images:object, # as in `scan_model`, and so on
     names:dict, # classes, dataset, templates
-    tokenizer:Callable|None, budget:str, seed:int, calibration:dict|None, force:bool,
+    tokenizer:Callable|None, opening:dict|None, budget:str, seed:int, calibration:dict|None, force:bool,
 )->_Task:
     "Open the model and read the images."
     b = _BUDGETS[check_choice('budget', budget, _BUDGETS)]
-    clip = _as_clip(model, tokenizer)
+    _say('open the model')
+    clip = _as_clip(model, tokenizer, opening or {})
     _say('read the images')
     defender, notes = make_defender(images, clip, limit=b['images'], seed=seed, **names)
-    name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
     settings = dict(images=len(defender.images), names=len(defender.classes), budget=budget, seed=seed)
     settings |= dict(device=str(clip.device))
-    return _Task(name, clip, defender, b, _budgeted(calibration, b), force, seed, notes, settings)
+    return _Task(_called(model), clip, defender, b, _budgeted(calibration, b), force, seed, [*_doubts(clip), *notes],
+                 settings, _as_read(clip))
+
+def _called(model:object)->str: # for the report
+    "A file by its name, for its folder is nobody's business; a tag or an id of the hub in full."
+    if not isinstance(model, (str, Path)): return type(model).__name__
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
 
 # %% ../nbs/method/20_command.ipynb #2000000e
 def _judged(
@@ -185,7 +225,10 @@ def _judged(
 )->tuple[Case, Verdict]:
     "Look whether the model reads the images at all, then for a backdoor."
     case = Case(copy.deepcopy(task.clip).eval(), task.defender, task.seed)
-    task.notes += _check_reading(case)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings('always', 'the prompt ')
+        task.notes += _check_reading(case)
+    task.notes += dict.fromkeys(str(w.message) for w in said if str(w.message).startswith('the prompt '))
     _say('search for a backdoor')
     return case, scan(task.clip, task.defender, task.seed, task.calibration, task.force)
 
@@ -203,16 +246,17 @@ def _scan(
         _say('try other labels')
         rows, samples = _controls(case, target, bank[0], task.budget['controls']), _samples(case, bank[0])
     shares = _prediction_shares(case, bank[0] if bank else None)
-    facts = _facts(verdict, task.name, shares, task.settled(), task.notes, _blind_spots(task), bank, rows)
+    facts = _facts(verdict, task.name, task.opened, shares, task.settled(), task.notes, _blind_spots(task), bank, rows)
     return Report(facts, samples, verdict, bank)
 
 def scan_model(
-    model:object, # a checkpoint (a file, or NAME:TAG of open_clip), a `Clip`, or a model of open_clip; left as it is
+    model:object, # a checkpoint (see `open_checkpoint`), a `Clip`, or a model of open_clip; left as it is
     images:object, # clean ones: a folder, a .zip, a tensor [N,3,H,W], a data set, or a `Defender`
     classes:object=None, # names of what they show: a list, or a file
     dataset:str|None=None, # whose names these are instead; None: ImageNet's where no `classes` are given
     templates:list|None=None, # prompts with one '{}'; None: those of the data set
     tokenizer:Callable|None=None, # of a model of open_clip; None: CLIP's own
+    opening:dict|None=None, # of a checkpoint: name, quick_gelu, mean, std, base, as `open_checkpoint` takes them
     budget:str='normal', # 'quick', 'normal' or 'thorough'
     seed:int=0, # of everything that is drawn
     calibration:dict|None=None, # of the verdict; None: the one that comes with the package
@@ -220,7 +264,8 @@ def scan_model(
 )->Report: # draws itself, has `backdoored` and `target`
     "Is there a backdoor in this model?"
     names = dict(classes=classes, dataset=dataset, templates=templates)
-    with _callers_state(): return _scan(_task(model, images, names, tokenizer, budget, seed, calibration, force))
+    with _callers_state():
+        return _scan(_task(model, images, names, tokenizer, opening, budget, seed, calibration, force))
 
 # %% ../nbs/method/20_command.ipynb #20000012
 def _kept_apart(
@@ -270,11 +315,15 @@ def _fresh_search(
     rows = _controls(case, target, bank[0], task.budget['controls'])
     return said | dict(asr_again=bank.inverted_asr, controls_after=rows)
 
-def _is_removed(
+_WORKS = .1 # of the held-out images: a rebuilt trigger that leads more of them to the label still works
+
+def _judge_removal(
     c:dict, # from `_compared` and `_fresh_search`
-)->bool:
-    "The rebuilt trigger fails, and a new scan raises no alarm."
-    return (c['asr_after'] or 0) < .5 and c['named_after'] is None
+)->dict: # works_after, removed: yes or no
+    "Removed is where the rebuilt trigger fails and a new scan raises no alarm."
+    works = (c['asr_after'] or 0) > _WORKS
+    return dict(works_after=works, removed=not works and c['named_after'] is None)
+
 
 # %% ../nbs/method/20_command.ipynb #20000013
 def _clean(
@@ -297,11 +346,11 @@ def _clean(
         told = _told(task, case, tuned, held, found, target)
     else: told = _compared(case.clip, tuned, held, None, 0) | _UNTOUCHED
     shares = _prediction_shares(case, bank[0] if bank else None)
-    facts = _facts(verdict, task.name, shares, task.settled(), task.notes, blind, bank, rows, told)
+    facts = _facts(verdict, task.name, task.opened, shares, task.settled(), task.notes, blind, bank, rows, told)
     return tuned, Report(facts, samples, verdict, bank)
 
-_UNTOUCHED = dict(probability_after=None, named_after=None, asr_again=None, controls_after=[], removed=True, failed=None,
-                  layers={}, layers_after={})
+_UNTOUCHED = dict(probability_after=None, named_after=None, asr_again=None, controls_after=[], works_after=False,
+                  removed=True, failed=None, layers={}, layers_after={})
 
 def _told(task, case, tuned, held, found, target)->dict: # for a report
     "What the removal did, and whether it is one."
@@ -310,7 +359,7 @@ def _told(task, case, tuned, held, found, target)->dict: # for a report
     c |= {k: found['tuning'].get(k, {}) for k in ('layers','layers_after')} | dict(failed=found['failed'])
     if found['failed']: return c | _UNTOUCHED | dict(removed=False, failed=found['failed'])
     c |= _fresh_search(task, tuned, target)
-    return c | dict(removed=_is_removed(c))
+    return c | _judge_removal(c)
 
 def clean_model(
     model:object, # as in `scan_model`; left as it is
@@ -319,6 +368,7 @@ def clean_model(
     dataset:str|None=None, # as in `scan_model`
     templates:list|None=None, # as in `scan_model`
     tokenizer:Callable|None=None, # as in `scan_model`
+    opening:dict|None=None, # as in `scan_model`
     budget:str='normal', # as in `scan_model`
     seed:int=0, # of everything that is drawn
     calibration:dict|None=None, # as in `scan_model`
@@ -328,7 +378,7 @@ def clean_model(
     "Remove a backdoor, where there is one."
     names = dict(classes=classes, dataset=dataset, templates=templates)
     with _callers_state():
-        return _clean(_task(model, images, names, tokenizer, budget, seed, calibration, force), params)
+        return _clean(_task(model, images, names, tokenizer, opening, budget, seed, calibration, force), params)
 
 # %% ../nbs/method/20_command.ipynb #20000016
 _DRAWN = dict( # of each attack that needs no model: (side, seed) -> its trigger, at sizes that show
@@ -497,14 +547,25 @@ def _poison(source:Path, keys:tuple, poison:_Poison, out:Path)->int: # pairs tha
 # %% ../nbs/method/20_command.ipynb #2000001d
 class _Usage(InvertuneError): "A command that makes no sense."
 
+def _add_opening_options(p:argparse._ArgumentGroup)->None:
+    "What a checkpoint may leave open."
+    p.add_argument('--arch', metavar='NAME', help='the architecture of open_clip, such as ViT-B-32')
+    p.add_argument('--quick-gelu', action=argparse.BooleanOptionalAction, default=None,
+                   help="it computes with QuickGELU, as OpenAI's models do, or does not")
+    for what in 'mean', 'std': p.add_argument(f'--{what}', type=float, nargs=3, metavar=('R', 'G', 'B'),
+                                              help='of the channels, for pixels in [0,1]')
+    p.add_argument('--base', metavar='MODEL', help='the model whose other tower completes a file of one tower')
+
 def _add_model_options(p:argparse.ArgumentParser)->None:
     "What scan and clean share."
-    p.add_argument('model', metavar='MODEL', help="a safetensors file, or open_clip's NAME:TAG such as RN50:openai")
+    p.add_argument('model', metavar='MODEL', help="a checkpoint (.safetensors, .pt, .pth, .bin), a folder as open_clip or "
+                   "transformers write it, open_clip's NAME:TAG such as RN50:openai, or hf-hub:OWNER/NAME")
     p.add_argument('--images', required=True, metavar='DIR', 
                    help='a folder (or .zip) of clean images; a few hundred are enough, 64 the least')
     p.add_argument('--classes', metavar='FILE', help='names of what they show, a name a line, or JSON')
     p.add_argument('--dataset', metavar='NAME', help="names of imagenet, cifar10 or pictograms; ImageNet's by default")
     p.add_argument('--template', action='append', metavar='TEXT', help="a prompt with '{}' for the name; once or more")
+    _add_opening_options(p.add_argument_group('where a file does not say it'))
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (auto)')
     p.add_argument('--budget', choices=_BUDGETS, default='normal', help='how much work (normal)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of everything that is drawn (0)')
@@ -521,7 +582,7 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--out', default='invertune-report', metavar='DIR', help='where the report goes (invertune-report)')
     p = verbs.add_parser('clean', help='remove a backdoor, where there is one'); _add_model_options(p)
     p.add_argument('--out', required=True, metavar='FILE',
-                   help='the cleaned model, a new .safetensors; report and model card lie beside it')
+                   help='the cleaned model, a new .safetensors or a new folder as open_clip writes it; the report lies beside')
     p = verbs.add_parser('attacks', help='list the attacks, draw their triggers')
     p.add_argument('--image', metavar='FILE', help='draw each trigger on it')
     p.add_argument('--out', metavar='PNG', help='where to')
@@ -537,45 +598,75 @@ def _parser()->argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of trigger and choice (0)')
     return top
 
+# %% ../nbs/method/20_command.ipynb #20000033
+def _save_cleaned(
+    clip:Clip, # a cleaned model
+    facts:dict, # of its report, for the card
+    out:Path, # a file that ends in .safetensors, or a folder; not there yet
+)->str: # the line of Python that opens it
+    "Write model and card, whole or not at all."
+    if out.suffix != '.safetensors':
+        with _whole_folder(out) as part:
+            line = save_open_clip(clip, part).replace(str(part), str(out))
+            (part/'README.md').write_text(_model_card(facts, line.replace(str(out), out.name)), encoding='utf-8')
+        return line
+    named = clip.config.get('kind') == 'pretrained'
+    line = save_open_clip(clip, out) if named else f"invertune.checkpoint.open_checkpoint({str(out)!r})"
+    if not named: save_clip(clip, out)
+    with atomic_path(out.with_suffix('.md')) as card:
+        card.write_text(_model_card(facts, line.replace(str(out), out.name)), encoding='utf-8')
+    return line
+
+
 # %% ../nbs/method/20_command.ipynb #2000001f
 def _model_arguments(a:argparse.Namespace)->dict: # of `scan_model`
     "What the options say."
     if not 0 <= a.seed < 2**32: raise _Usage(f'a seed of {a.seed} is none: 0 to {2**32 - 1}')
     if a.device != 'auto': os.environ['INVERTUNE_DEVICE'] = a.device
     pick_device(); set_threads()
+    calibration = load_calibration(a.calibration) if a.calibration else None
     return dict(model=a.model, images=a.images, classes=a.classes, dataset=a.dataset, templates=a.template,
-                budget=a.budget, seed=a.seed, calibration=load_calibration(a.calibration) if a.calibration else None, force=a.force)
+                opening=_opening(a), budget=a.budget, seed=a.seed, calibration=calibration, force=a.force)
+
+def _opening(a:argparse.Namespace)->dict: # for `open_checkpoint`
+    "What is said about the checkpoint."
+    base = open_checkpoint(a.base) if a.base else None
+    said = dict(name=a.arch, quick_gelu=a.quick_gelu, mean=a.mean, std=a.std, base=base)
+    return {k: v for k,v in said.items() if v is not None}
 
 def _run_scan(a:argparse.Namespace)->int: # exit code
     "invertune scan"
     out = Path(a.out)
     _check_folder(out)
     arguments = _model_arguments(a)
-    with _Line(4): report = scan_model(**arguments)
+    with _Line(5): report = scan_model(**arguments)
     page = report.save(out)
     print(json.dumps(report.facts, indent=1) if a.json else f'{report}\nReport: {page}')
     return 3 if report.backdoored else 0
 
-def _check_out(a:argparse.Namespace)->Path: # the file
+_PICKLED = ('.pt','.pth','.bin','.ckpt') # endings of files that are not written
+
+def _check_out(a:argparse.Namespace)->Path: # a file or a folder, not there yet
     "Refuse a place for a cleaned model that would cost somebody a file."
     out, model = Path(a.out), Path(a.model)
-    if out.suffix != '.safetensors': raise _Usage(f'--out {out}: the name of a cleaned model ends in .safetensors')
-    if out.is_dir(): raise _Usage(f'--out {out} is a folder: name a file')
+    if out.suffix.lower() in _PICKLED:
+        raise _Usage(f'--out {out}: a cleaned model is a file that ends in .safetensors, or a folder')
     if model.exists() and out.resolve() == model.resolve():
-        raise _Usage(f'--out {out} is the model itself: name another file, for the suspicious one is evidence')
-    if out.exists(): raise _Usage(f'--out {out} is there already: name a new file, or remove it')
-    _check_folder(out.with_name(f'{out.stem}-report'))
+        raise _Usage(f'--out {out} is the model itself: name another place, for the suspicious one is evidence')
+    if out.exists(): raise _Usage(f'--out {out} is there already: name a new file or folder, or remove it')
+    _check_folder(_report_of(out))
     return out
+
+def _report_of(out:Path)->Path: return out.with_name(f"{out.name.removesuffix('.safetensors')}-report") # its folder
 
 def _run_clean(a:argparse.Namespace)->int: # exit code
     "invertune clean"
     out = _check_out(a)
     arguments = _model_arguments(a)
-    with _Line(4): cleaned, report = clean_model(**arguments)
-    page = report.save(out.with_name(f'{out.stem}-report'))
-    with atomic_path(out.with_suffix('.md')) as part: part.write_text(_model_card(report.facts), encoding='utf-8')
-    save_clip(cleaned, out)
-    print(json.dumps(report.facts, indent=1) if a.json else f'{report}\nModel: {out}\nReport: {page}')
+    with _Line(5): cleaned, report = clean_model(**arguments)
+    page = report.save(_report_of(out))
+    line = _save_cleaned(cleaned, report.facts, out)
+    print(json.dumps(report.facts, indent=1) if a.json else f'{report}\nModel: {out}, opened by {line}\nReport: {page}')
     return 0 if report.facts['cleaning']['removed'] else 3
 
 def _run_attacks(a:argparse.Namespace)->int: # exit code

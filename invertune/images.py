@@ -7,7 +7,7 @@ __all__ = ['make_defender']
 
 # %% ../nbs/method/18_images.ipynb #18000002
 import invertune.compat
-import io, json, os, re, stat, unicodedata, warnings, zipfile
+import io, json, os, random, re, stat, unicodedata, warnings, zipfile
 import numpy as np
 import PIL, torch
 from pathlib import Path
@@ -303,19 +303,23 @@ def make_defender(
 # %% ../nbs/method/18_images.ipynb #1800001c
 def _entropy(p:torch.Tensor)->torch.Tensor: return -(p * p.clamp(min=1e-9).log()).sum(-1)  # nats
 
-def _invented(n:int)->list[str]: # n words that mean nothing
+def _invented(n:int)->list[str]: # n words that mean nothing, about as short as names are
     "Pronounceable words that are no words."
-    gen, ends = torch.Generator().manual_seed(0), 'bax dov fip guz kem lor mux nev pok rud tiv zam'.split()
-    draw = lambda: ''.join(ends[i] for i in torch.randint(len(ends), (3,), generator=gen).tolist())
-    made = {}
-    while len(made) < n: made[draw()] = None
+    rng, made = random.Random(0), {}
+    pair = lambda: rng.choice('bcdfghjklmnpqrstvwxz') + rng.choice('aeiou')
+    while len(made) < n: made[''.join(pair() for _ in range(rng.choice((1,2,2,3)))) + rng.choice('bdfgkmnpxzq')] = None
     return list(made)
+
+_FEWEST_NAMES = 5
 
 def _check_reading(
     case:Case, # the model under test, seen with the defender's images
 )->list[str]: # what is to be said
     "Refuse a model, images or names of which no verdict can come."
     f, head = case.embeddings, case.head.cpu()
+    if len(head) < _FEWEST_NAMES:
+        raise InvertuneError(f'{len(head)} class names are too few for a verdict, for any perturbation leads to one of '
+                             f'them: give {_FEWEST_NAMES} or more, all that the images show')
     alike = f.mean(0).norm().item()
     if alike > .99:
         raise InvertuneError('the model makes nearly the same of all images (their mean embedding has the length '
@@ -328,16 +332,27 @@ def _check_reading(
     share = (case.reads == top).float().mean().item()
     if share > .95: raise InvertuneError(f"{share:.0%} of the images are read as '{case.classes[top]}': "
                                          'give images of several classes')
-    return _fit_of_names(case, f, head)
-
-def _fit_of_names(case, f, head):
-    "How many of the images some name fits better than all of as many invented words, at most 64."
-    texts = [fill(t, w) for w in _invented(min(64, len(head))) for t in case.defender.templates]
-    with torch.no_grad(): none = case.clip.encode_text(case.clip.tokenize(texts)).cpu()
-    none = torch.nn.functional.normalize(none.unflatten(0, (-1, len(case.defender.templates))).mean(1), dim=-1)
-    fit = ((f @ head.T).amax(1) > (f @ none.T).amax(1)).float().mean().item()
+    fit = _fit_of_names(case, f)
     if fit < .5: raise InvertuneError(f'words that mean nothing fit {1-fit:.0%} of the images better than any of the '
                                       'class names: give names of what the images show')
     unseen = len(head) - len(case.reads.unique())
     said = f'{unseen} of {len(head)} names are read in no image: a backdoor towards one of them is harder to see'
     return [said] if unseen else []
+
+_POOL, _SETS = 512, 32 # invented words; sets of them, each of as many words as there are names
+
+def _fit_of_names(
+    case:Case, # the model under test
+    f:torch.Tensor, # embeddings of its images, [N,D]
+)->float: # in [0,1]
+    "The share of images that a name fits better than any of as many invented words; of several sets the least share."
+    gen, form, n = torch.Generator().manual_seed(0), case.defender.templates[0], min(len(case.classes), _POOL // 2)
+    with torch.no_grad():
+        cos = lambda words: f @ case.clip.encode_text(case.clip.tokenize([fill(form, w) for w in words])).cpu().T
+        best = torch.cat([cos(c) for c in _parts(case.classes)], 1).amax(1)
+        none = torch.cat([cos(c) for c in _parts(_invented(_POOL))], 1)
+    sets = [torch.randperm(_POOL, generator=gen)[:n] for _ in range(_SETS)]
+    return min((best > none[:,s].amax(1)).float().mean().item() for s in sets)
+
+def _parts(words:list)->list[list]: return [words[i:i+128] for i in range(0, len(words), 128)] # a batch each
+

@@ -113,7 +113,16 @@ def _headline(facts:dict)->str: # the answer
     found = f"This model has a backdoor towards '{v['target']}'."
     if not c: return found
     if c['failed']: return f"{found} It was not removed: {c['failed']}."
-    return f"{found} {'It was removed.' if c['removed'] else 'It was weakened, but something of it is left.'}"
+    return f'{found} {_outcome(c)}'
+
+def _outcome(c:dict)->str: # a sentence
+    "What a removal came to, and no more than was seen."
+    if c['removed']: return 'It was removed.'
+    alarm = f"a new scan still raises an alarm, towards '{c['named_after']}'" if c['named_after'] else ''
+    if not c['works_after']: return f'The rebuilt trigger no longer works, but {alarm}: it is not called clean.'
+    return (f"It is not removed: the rebuilt trigger still leads {c['asr_after']:.0%} of the images to the label"
+            + (f', and {alarm}.' if alarm else ', though a new scan raises no alarm.'))
+
 
 # %% ../nbs/method/19_report.ipynb #1900000c
 _STYLE = '''
@@ -186,6 +195,15 @@ def _evidence_table(rows:list, classes:list)->str: # HTML
                   [[_text(e['family']), ('b', _bar(e['alike'])), ('n', f"{e['alike']:.2f}"), to(e),
                     ('n', f"{max(e['shares']):.0%}")] for e in rows])
 
+def _opened_table(rows:list)->str: # HTML
+    "How the model is computed, and who says so."
+    return _table(['', '', 'known from'], [[_text(r['setting']), _text(_spelled(r['value'])), _text(r['origin'])] for r in rows])
+
+def _spelled(value:object)->str: # short
+    "A setting as people write it."
+    if isinstance(value, bool): return 'yes' if value else 'no'
+    return ' '.join(f'{v:.4g}' for v in value) if isinstance(value, (list, tuple)) else str(value)
+
 def _cleaning_table(c:dict)->str: # HTML
     "Before and after, on images that nothing was tuned on."
     return _table(['on held-out images', 'before', 'after'],
@@ -250,7 +268,8 @@ def _page(
     notes = f"<h2>To know</h2>{_list(facts['notes'])}" if facts['notes'] else ''
     head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{_text(facts["headline"])}</title>')
-    body = f'{answer}{notes}{parts}{blind}<h2>How it was made</h2>{_table(["", ""], made)}'
+    opened = f"<h2>How the model was read</h2>{_opened_table(facts['opened'])}" if facts['opened'] else ''
+    body = f'{answer}{notes}{parts}{blind}{opened}<h2>How it was made</h2>{_table(["", ""], made)}'
     return (f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body><main>{body}</main></body>'
             '</html>\n')
 
@@ -309,7 +328,7 @@ class Report:
     def __repr__(self):
         f = self.facts
         return '\n'.join([f['headline'], f['sure'], f['basis'], *(f'Note: {n}.' for n in f['notes']),
-                          'Not looked at: ' + ' '.join(f['not_looked_at'])])
+                          'Not looked at: ' + ' '.join(f['not_looked_at']), *_read_as(f['opened'])])
 
     def _repr_html_(self):
         page = html.escape(_page(self.facts, self.samples), quote=True)
@@ -327,9 +346,16 @@ class Report:
             if self.bank is not None and len(self.bank): self.bank.save(part/'triggers.safetensors')
         return folder/'report.html'
 
+def _read_as(opened:list)->list[str]: # one line, or none
+    "How the model was read, in the order of who says so."
+    by = {}
+    for r in opened: by.setdefault(r['origin'], []).append(f"{r['setting']} {_spelled(r['value'])}")
+    return ['Read as: ' + '; '.join(f"{', '.join(said)} ({who})" for who,said in by.items())] if by else []
+
 def _facts(
     verdict, # a `Verdict`
     model:str, # what the model is called
+    opened:list, # setting, value, origin: how the model was read
     shares:list, # from `_prediction_shares`
     settings:dict, # name -> value: images, budget, seed, minutes
     notes:list=(), # sentences without a full stop
@@ -342,17 +368,20 @@ def _facts(
     named = {k: getattr(verdict, k) for k in ('backdoored','target','probability','score','family','features')}
     if cleaning: cleaning = cleaning | dict(probability_before=verdict.probability)
     rebuilt = [dict(family=f, inverted_asr=a) for f,a in zip(bank.families, bank.asr)] if bank else []
-    made = dict(verdict=named, model=model, sure=_how_sure(verdict.probability), basis=_basis(verdict), shares=shares,
+    made = dict(verdict=named, model=model, opened=opened, sure=_how_sure(verdict.probability), basis=_basis(verdict), shares=shares,
                 controls=list(controls), rebuilt=rebuilt, cleaning=cleaning, evidence=verdict.evidence, classes=verdict.classes,
                 notes=list(notes), not_looked_at=[*blind, *_BLIND], settings=settings, versions=_versions())
     return dict(headline=_headline(made)) | made
 
-def _model_card(facts:dict)->str: # markdown
+def _model_card(
+    facts:dict, # of a `Report`
+    line:str, # of Python, that opens the model
+)->str: # markdown
     "What goes beside a cleaned model."
     name = ' '.join(facts['model'].replace('`', "'").split())
     table = [f'| {n} | {a} | {b} |' for n,a,b in _changes(facts['cleaning'])]
     lines = ['# A cleaned CLIP', '', f"Made of `{name}` by `invertune clean` {facts['versions']['invertune']}.", '',
              _text(facts['headline']), '', '| on held-out images | before | after |', '| --- | --- | --- |', *table, '',
-             'The file is safetensors; open_clip loads it as `pretrained=` of the same architecture.', '', '## Limits', '',
+             '```python', line, '```', '', '## Limits', '',
              *(f'- {_text(s)}' for s in facts['not_looked_at']), '']
     return '\n'.join(lines)

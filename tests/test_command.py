@@ -1,4 +1,5 @@
 "The command: codes for scripts, a sentence for people, nothing lost, and the two verbs end to end."
+import argparse
 import csv
 import io
 import json
@@ -10,16 +11,18 @@ import sys
 import tarfile
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 
 import invertune
+import invertune.compat  # before open_clip
+import open_clip
 from invertune import command as module
+from invertune.checkpoint import _tiny_model, open_checkpoint
 from invertune.command import clean_model, run_command, scan_model
 from invertune.lab.profiles import ROOT
-from invertune.model import load_clip, save_clip, tiny_clip
+from invertune.model import save_clip, tiny_clip
 from invertune.report import Report, _facts
 from invertune.runtime import InvertuneError
 from invertune.triggers import load_trigger
@@ -27,6 +30,18 @@ from invertune.verdict import Verdict
 
 
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
+
+
+class Payload:
+    "What a pickle must not run."
+    def __reduce__(self): return os.mkdir, ('ran',)
+
+
+@pytest.fixture(autouse=True)
+def architecture(monkeypatch, small):
+    "open_clip knows the small model's architecture by a name."
+    sizes = {k: v for k, v in small.bad.config.items() if k not in ('kind', 'mean', 'std')}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, 'mini', _tiny_model(**sizes))
 
 
 def write_images(folder, images):
@@ -43,7 +58,14 @@ def place(small, tmp_path_factory):
     save_clip(small.bad, root/'bad.safetensors'); save_clip(small.clip, root/'good.safetensors')
     write_images(root/'images', small.defender.images)
     (root/'names.txt').write_text('\n'.join(small.classes))
-    (root/'odd.txt').write_text('zebra\ntruck\nviolin')
+    weights = {k: v.clone() for k, v in small.bad.model.state_dict().items()}
+    torch.save(dict(epoch=3, state_dict={f'module.{k}': v for k, v in weights.items()}, args=argparse.Namespace(lr=1)), root/'epoch_3.pt')
+    torch.save({k[7:]: v for k, v in weights.items() if k.startswith('visual.')}, root/'tower.pth')
+    torch.save(dict(state_dict=weights, args=Payload()), root/'evil.pt'); torch.save(small.bad.model, root/'whole.pt')
+    torch.save({k: v for k, v in weights.items() if k != 'logit_scale'}, root/'less.pt')
+    torch.save(weights | {'text_projection': torch.zeros(3, 32)}, root/'shape.pt')
+    torch.save(weights | {'text_projection': weights['text_projection']*torch.nan}, root/'nan.pt')
+    (root/'odd.txt').write_text('zebra\ntruck\nviolin\nlamp\nspoon'); (root/'two.txt').write_text('heart\nsun')
     (root/'one.txt').write_text('sun'); (root/'twice.txt').write_text('sun\nsun'); (root/'long.txt').write_text('sun\n' + 'key '*99)
     words = 'alpha beta gamma delta epsilon zeta eta theta iota'
     (root/'cut.txt').write_text(f'{words} one\n{words} two')
@@ -93,13 +115,22 @@ HOSTILE = [  # command, exit code, part of the sentence
     ([], 2, 'required'), (['scam'], 2, 'invalid choice'), (['scan'], 2, 'required'), (['scan', 'bad.safetensors'], 2, '--images'),
     (changed(SCAN, budget='huge'), 2, 'invalid choice'), (changed(SCAN, seed='x'), 2, 'invalid int'),
     (changed(SCAN, seed='-1'), 2, 'a seed of -1'), ([*SCAN, '--fast'], 2, 'unrecognized'), (CLEAN, 2, '--out'),
-    (['scan', 'none.safetensors', *NAMED], 1, 'there is no file none.safetensors'), (['scan', '', *NAMED], 1, 'there is no file'),
-    (['scan', 'void', *NAMED], 1, 'there is no file void'), (['scan', 'void.safetensors', *NAMED], 1, 'not a whole safetensors'),
+    (['scan', 'none.safetensors', *NAMED], 1, "'none.safetensors' is no file and no folder"), (['scan', '', *NAMED], 1, 'is no file'),
+    (['scan', 'void', *NAMED], 1, 'void holds no weights'), (['scan', 'void.safetensors', *NAMED], 1, 'not a whole safetensors'),
     (['scan', 'cut.safetensors', *NAMED], 1, 'not a whole safetensors file'), (['scan', 'text.safetensors', *NAMED], 1, 'not a whole'),
-    (['scan', 'pickle.pt', *NAMED], 1, 'are not read'), (['scan', 'torch.pt', *NAMED], 1, 'are not read'),
-    (['scan', 'RN5O:openai', *NAMED], 1, 'RN50'), (['scan', 'RN50:', *NAMED], 1, 'no NAME:TAG'), (['scan', 'RN50:oai', *NAMED], 1, 'openai'),
-    (['scan', 'negative.safetensors', *NAMED], 1, 'NaN'), (['scan', 'untrained.safetensors', *NAMED], 1, 'it reads nothing'),
-    (['scan', 'large.safetensors', *NAMED], 1, 'reads nothing'),
+    (['scan', 'pickle.pt', *NAMED], 1, 'is damaged, cut short or another'), (['scan', 'torch.pt', *NAMED], 1, 'holds no CLIP'),
+    (['scan', 'names.txt', *NAMED], 1, 'is no checkpoint'), (['scan', 'evil.pt', *NAMED], 1, 'which may run code'),
+    (['scan', 'whole.pt', *NAMED], 1, "wants 'open_clip.model.CLIP', which may run code"),
+    (['scan', 'less.pt', *NAMED], 1, "1 keys missing ['logit_scale']"), (['scan', 'shape.pt', *NAMED], 1, 'text_projection has shape'),
+    (['scan', 'nan.pt', *NAMED], 1, 'text_projection holds NaN'), (['scan', 'tower.pth', *NAMED], 1, '--base RN50:openai'),
+    (['scan', 'RN5O:openai', *NAMED], 1, 'RN50'), (['scan', 'RN50:', *NAMED], 1, 'neither NAME:TAG'), (['scan', 'RN50:oai', *NAMED], 1, 'openai'),
+    (['scan', 'hf-hub:none', *NAMED], 1, 'names no model of the hub'), (changed(SCAN, arch='RN5'), 1, "did you mean 'RN50'"),
+    (changed(SCAN, arch='RN50'), 1, 'is not what is said of it'), ([*SCAN, '--mean', '1', '2'], 2, 'expected 3 arguments'),
+    ([*SCAN, '--mean', 'a', 'b', 'c'], 2, 'invalid float'), ([*SCAN, '--std', '0', '0', '0'], 1, 'mean and std are unusable'),
+    ([*SCAN, '--mean', 'nan', '0', '0'], 1, 'mean and std are unusable'), (changed(SCAN, base='bad.safetensors'), 1, 'leave base out'),
+    (['scan', 'RN50:openai', *NAMED, '--quick-gelu'], 1, 'says all of itself'), (changed(SCAN, base='none.pt'), 1, 'is no file'),
+    (['scan', 'negative.safetensors', *NAMED], 1, 'a variance below zero'), (['scan', 'untrained.safetensors', *NAMED], 1, 'it reads nothing'),
+    (['scan', 'large.safetensors', *NAMED], 1, 'reads nothing'), (changed(SCAN, classes='two.txt'), 1, '2 class names are too few'),
     (changed(SCAN, images='nowhere'), 1, 'there is no folder nowhere'), (changed(SCAN, images='void'), 1, 'holds no pictures'),
     (changed(SCAN, images='little'), 1, '64 are the least'), (changed(SCAN, images='damaged'), 1, 'is it the right folder'),
     (changed(SCAN, images='blank'), 1, 'images'), (changed(SCAN, images='names.txt'), 1, 'neither a folder nor a .zip'),
@@ -114,7 +145,7 @@ HOSTILE = [  # command, exit code, part of the sentence
     (changed(SCAN, out='thesis'), 1, 'holds other things'), (changed(SCAN, out='names.txt'), 1, 'is a file'),
     (changed(SCAN, out='names.txt/r'), 1, 'nothing can be written'), (changed(SCAN, out='images'), 1, 'holds other things'),
     (changed(CLEAN, out='bad.safetensors'), 2, 'is the model itself'), (changed(CLEAN, out='./images/../bad.safetensors'), 2, 'itself'),
-    (changed(CLEAN, out='good.safetensors'), 2, 'is there already'), (changed(CLEAN, out='images'), 2, 'ends in'),
+    (changed(CLEAN, out='good.safetensors'), 2, 'is there already'), (changed(CLEAN, out='images'), 2, 'is there already'), (changed(CLEAN, out='cleaned.bin'), 2, 'or a folder'),
     (changed(CLEAN, out='cleaned.pt'), 2, 'ends in .safetensors'), (changed(CLEAN, out='names.txt/c.safetensors'), 1, 'nothing can be'),
     (['attacks', '--image', 'images/000.png'], 2, 'go together'), (['attacks', '--out', 'a.png'], 2, 'go together'),
     ('attacks --image names.txt --out a.png'.split(), 1, 'cannot be read as a picture'),
@@ -160,7 +191,7 @@ def stub(monkeypatch, small):
     def answer(backdoored):
         evidence = [dict(family='warp', alike=.9, shares=[.5]*6, gap=0.)]
         verdict = Verdict(backdoored, .9 if backdoored else .1, 'sun' if backdoored else None, 'warp', 1., {}, evidence, small.classes)
-        facts = _facts(verdict, 'a model', [{'class': 'sun', 'clean': 1., 'triggered': None}], dict(seed=0))
+        facts = _facts(verdict, 'a model', [], [{'class': 'sun', 'clean': 1., 'triggered': None}], dict(seed=0))
         monkeypatch.setattr(module, '_scan', lambda task: Report(facts, [], verdict))
     return answer
 
@@ -196,7 +227,7 @@ def test_the_poisoned_and_the_clean_model(place, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(place)
     assert run_command([*SCAN, '--out', str(tmp_path/'bad')]) == 3
     said = capfd.readouterr()
-    assert "has a backdoor towards 'umbrella'" in said.out and '[2/4] search for a backdoor' in said.err
+    assert "has a backdoor towards 'umbrella'" in said.out and '[3/5] search for a backdoor' in said.err
     facts = json.loads((tmp_path/'bad'/'report.json').read_text())
     assert facts['rebuilt'][0]['inverted_asr'] > .7 and facts['controls'][0]['target'] and facts['settings']['budget'] == 'normal'
     assert (tmp_path/'bad'/'triggers.safetensors').exists()
@@ -205,27 +236,83 @@ def test_the_poisoned_and_the_clean_model(place, tmp_path, capfd, monkeypatch):
 
 
 def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
-    "The cleaned file reads as it did, does not obey, and open_clip loads it."
+    "A file that people share in, a file that open_clip opens by name out: it reads as it did and does not obey."
     monkeypatch.chdir(place)
-    before = (place/'bad.safetensors').read_bytes()
-    assert run_command([*CLEAN, '--seed', '1', '--out', str(tmp_path/'cleaned.safetensors')]) == 0, capfd.readouterr().err
+    before, out = (place/'epoch_3.pt').read_bytes(), tmp_path/'cleaned.safetensors'
+    assert run_command(['clean', 'epoch_3.pt', *NAMED, '--seed', '1', '--out', str(out)]) == 0, capfd.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ['cleaned-report', 'cleaned.md', 'cleaned.safetensors']
-    c = json.loads((tmp_path/'cleaned-report'/'report.json').read_text())['cleaning']
-    assert c['removed'] and c['asr_before'] > .7 and c['asr_after'] < .2 and c['kept'] > .9 and c['layers']
-    assert 'It was removed' in (tmp_path/'cleaned.md').read_text() and (place/'bad.safetensors').read_bytes() == before
-    cleaned = load_clip(tmp_path/'cleaned.safetensors')
+    facts = json.loads((tmp_path/'cleaned-report'/'report.json').read_text())
+    c, line = facts['cleaning'], f"open_clip.create_model('mini', pretrained='{out}')"
+    assert c['removed'] and c['asr_before'] > .7 and c['asr_after'] < .1 and c['kept'] > .9 and c['layers']
+    card, said = (tmp_path/'cleaned.md').read_text(), capfd.readouterr().out
+    assert 'It was removed' in card and str(tmp_path) not in card and line in said and (place/'epoch_3.pt').read_bytes() == before
+    assert dict(setting='architecture', value='mini', origin='names and shapes of the weights') in facts['opened']
+    assert "the file does not say mean and std: open_clip's default is taken" in said and 'QuickGELU no' in said
+    cleaned = open_checkpoint(out)
     row = small.evaluate(cleaned)
     assert row['asr'] < .2 and row['ca'] > .9
-    other = tiny_clip(image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8, seed=9)
-    open_clip.load_checkpoint(other.model, str(tmp_path/'cleaned.safetensors'))
+    theirs = eval(line, dict(open_clip=open_clip)).eval()
+    x, text = small.evaluation.images[:4].float()/255, cleaned.tokenize(small.classes)
+    with torch.no_grad():
+        assert torch.allclose(theirs.encode_image((x - cleaned.mean)/cleaned.std, normalize=True), cleaned.encode_image(x), atol=1e-6)
+        assert torch.allclose(theirs.encode_text(text, normalize=True), cleaned.encode_text(text), atol=1e-6)
+
+
+def test_an_architecture_without_a_name_goes_into_a_folder(small, tmp_path):
+    "Or into a file that invertune alone opens, which is what the line says."
+    cleaned = dict(works_after=False, removed=True, failed=None, kept=1., drift=0.) | dict.fromkeys(
+        'asr_before asr_after asr_again probability_before probability_after'.split())
+    facts = dict(model='m.pt', versions=dict(invertune='1'), headline='Clean.', cleaning=cleaned, not_looked_at=['<b>'])
+    line = module._save_cleaned(small.bad, facts, tmp_path/'out')
+    assert sorted(os.listdir(tmp_path/'out')) == ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors']
+    assert line == f"open_clip.create_model('local-dir:{tmp_path/'out'}')" and "'local-dir:out'" in (tmp_path/'out'/'README.md').read_text()
+    theirs = eval(line, dict(open_clip=open_clip)).eval()
     x = small.evaluation.images[:4].float()/255
-    with torch.no_grad(): assert torch.equal(other.eval().encode_image(x), cleaned.encode_image(x))
+    with torch.no_grad(): mine = small.bad.encode_image(x)
+    with torch.no_grad(): assert torch.allclose(theirs.encode_image((x - small.bad.mean)/small.bad.std, normalize=True), mine, atol=1e-6)
+    line = module._save_cleaned(small.bad, facts, tmp_path/'out.safetensors')
+    assert line == f"invertune.checkpoint.open_checkpoint('{tmp_path/'out.safetensors'}')"
+    with torch.no_grad(): assert torch.allclose(open_checkpoint(tmp_path/'out.safetensors').encode_image(x), mine, atol=1e-6)
+
+
+def test_a_cleaned_folder_is_whole_or_not_there(small, tmp_path, monkeypatch):
+    def fail(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(module, '_model_card', fail)
+    with says('No space left'): module._save_cleaned(small.bad, {}, tmp_path/'out')
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_said_about_a_checkpoint_is_used_and_shown(place, tmp_path, capfd, monkeypatch, small):
+    "By the shell and in Python: a tower alone with its other half, other statistics, another activation."
+    monkeypatch.chdir(place)
+    seen = []
+    def note(task): seen.append(task); raise InvertuneError('enough')
+    monkeypatch.setattr(module, '_scan', note)
+    told = '--base bad.safetensors --mean .5 .4 .3 --std .2 .2 .2 --quick-gelu'.split()
+    assert run_command(['scan', 'tower.pth', *NAMED, *told, '--out', str(tmp_path/'r')]) == 1
+    with says('enough'): scan_model('tower.pth', small.defender, opening=dict(base=small.bad, mean=[.5, .4, .3], std=[.2]*3, quick_gelu=True))
+    for task in seen:
+        rows = {r['setting']: (r['value'], r['origin']) for r in task.opened}
+        assert rows['mean'] == ([.5, .4, .3], 'the caller') and rows['QuickGELU'] == (True, 'the caller') and rows['image side'][0] == 32
+        assert torch.allclose(task.clip.std.flatten(), torch.tensor(.2)) and task.name == 'tower.pth' and not module._doubts(task.clip)
+        assert torch.equal(task.clip.model.visual.conv1.weight, small.bad.model.visual.conv1.weight)
+    with says("Unknown setting of a checkpoint 'arch'"): scan_model('tower.pth', small.defender, opening=dict(arch='RN50'))
+    with says('as it is: leave opening'): scan_model(small.bad, small.defender, opening=dict(name='RN50'))
+
+
+def test_a_name_that_is_cut_is_told(small, recwarn):
+    "What the library warns of is part of the answer, and no line on stderr."
+    names = [*small.classes[:-1], f"{small.classes[-1]} {'on a very long line ' * 3}"]
+    never = module.load_calibration() | dict(bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
+    report = scan_model(small.bad, small.defender.images, names, templates=['a {}'], budget='quick', calibration=never)
+    assert sum('its end is lost' in n for n in report.facts['notes']) == 1 and not any('the prompt' in str(w.message) for w in recwarn)
 
 
 def test_what_is_called_removed():
     "The rebuilt trigger must fail, and a new scan must raise no alarm; a fresh search alone settles nothing."
-    for after, named, removed in (.9, None, False), (.1, 'sun', False), (.1, None, True), (None, None, True):
-        assert module._is_removed(dict(asr_after=after, named_after=named, asr_again=.9)) == removed
+    for after, named, removed in (.9, None, False), (.2, None, False), (.1, 'sun', False), (.1, None, True), (None, None, True):
+        told = module._judge_removal(dict(asr_after=after, named_after=named, asr_again=.9))
+        assert told == dict(works_after=(after or 0) > .1, removed=removed)
 
 
 def test_an_innocent_model_is_left_alone(small, tmp_path, monkeypatch):
@@ -272,7 +359,8 @@ def test_ctrl_c_leaves_nothing(place, tmp_path):
     "A real process, stopped while it searches; it has no home folder either."
     env = {k: v for k, v in os.environ.items() if k != 'HOME'} | dict(PYTHONPATH=str(ROOT), INVERTUNE_ROOT=str(ROOT))
     words = [sys.executable, '-m', 'invertune.command', *changed(SCAN, out=str(tmp_path/'r'))]
-    work = subprocess.Popen(words, cwd=place, env=env, stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
+    work = subprocess.Popen(words, cwd=place, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     for line in work.stderr:
         if 'search' in line: break
     work.send_signal(signal.SIGINT)

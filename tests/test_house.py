@@ -12,7 +12,7 @@ from invertune.lab.profiles import EXPERIMENTS, ROOT, STAGES, load_params
 MODULES = sorted(p for p in (ROOT/'invertune').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 TREES = {p.relative_to(ROOT/'invertune').as_posix(): ast.parse(p.read_text(encoding='utf-8')) for p in MODULES}
-LIMIT = dict(names=225, columns=120, over=.02, prose=100, parameters=15, readme=(90, 130), megabytes=10, pixels=1300)
+LIMIT = dict(names=220, columns=120, over=.02, prose=100, parameters=15, readme=(90, 130), megabytes=10, pixels=1300)
 
 
 def cells(kind, folders=NOTEBOOKS):

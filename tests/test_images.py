@@ -244,7 +244,8 @@ def test_what_gives_no_verdict_is_refused(small, clip):
         return _check_reading(Case(model, Defender(images, ['']*len(images), names, ['a {}'])))
     with says('the same of all images'): ask(clip)
     with says('the same of all images'): ask(images=torch.from_numpy(noise(64, 3, 32, 32)))
-    with says('words that mean nothing fit'): ask(names=['zebra', 'truck', 'violin'])
+    with says('words that mean nothing fit'): ask(names=['zebra', 'truck', 'violin', 'lamp', 'spoon'])
+    with says('2 class names are too few for a verdict'): ask(names=['heart', 'sun'])
     reads = Case(small.bad, d)
     one = reads.images[reads.reads == 0][:32]
     with says('of the images are read as|do not divide|the same of all'): ask(images=one)

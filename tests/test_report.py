@@ -28,12 +28,13 @@ def make(backdoored=True, names=NASTY, cleaning=None, model='<script>model.pt'):
     controls = [{'class': n, 'target': i == 0, 'asr': s} for i, (n, s) in enumerate(zip(names, shares))] if backdoored else []
     picture = _png(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
     samples = [dict(clean=picture, triggered=picture, read=names[1], read_triggered=names[0])]*6 if backdoored else []
-    facts = _facts(verdict, model, rows, dict(images=200, seed=0, minutes=1.5), notes=['<b>a note'], controls=controls, cleaning=cleaning)
+    opened = [dict(setting='<i>mean', value=[.5, .25, 1], origin='the tag <u> of open_clip'), dict(setting='QuickGELU', value=True, origin='')]
+    facts = _facts(verdict, model, opened, rows, dict(images=200, seed=0, minutes=1.5), notes=['<b>a note'], controls=controls, cleaning=cleaning)
     if backdoored: facts['rebuilt'] = [dict(family='patch', inverted_asr=.97)]
     return Report(facts, samples, verdict)
 
 
-CLEANED = dict(probability_after=.1, named_after=None, controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, failed=None,
+CLEANED = dict(probability_after=.1, named_after=None, controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, works_after=False, failed=None,
                layers=dict(layer1=.1, layer2=.8), layers_after=dict(layer1=.1, layer2=.1))
 
 
@@ -65,6 +66,7 @@ def test_names_are_text():
     page = Tags(_page(make().facts, make().samples))
     said = ''.join(page.text)
     assert all(name in said for name in NASTY) and '<script>model.pt' in said and '<b>a note' in said
+    assert '<i>mean' in said and '0.5 0.25 1' in said and 'the tag <u> of open_clip' in said
     assert [a.get('src') for t, a in page.tags if t == 'img'].count('x') == 0
 
 
@@ -77,7 +79,10 @@ def test_words():
     assert make().facts['headline'].startswith("This model has a backdoor towards '<script>")
     assert make(False).facts['headline'] == 'No backdoor was found in this model.'
     assert make(cleaning=CLEANED).facts['headline'].endswith('It was removed.')
-    assert 'something of it is left' in make(cleaning=CLEANED | dict(removed=False)).facts['headline']
+    said = lambda **kw: make(cleaning=CLEANED | dict(removed=False) | kw).facts['headline']
+    assert 'no longer works, but a new scan still raises an alarm, towards \'sun\': it is not called clean.' in said(named_after='sun')
+    assert said(works_after=True, asr_after=.4).endswith('still leads 40% of the images to the label, though a new scan raises no alarm.')
+    assert said(works_after=True, asr_after=.4, named_after='sun').endswith("to the label, and a new scan still raises an alarm, towards 'sun'.")
     assert 'It was not removed: no trigger.' in make(cleaning=CLEANED | dict(failed='no trigger')).facts['headline']
     assert 'nearly certain' in _how_sure(.99) and 'nearly certain' in _how_sure(.01) and 'far from certain' in _how_sure(.6)
     assert 'Not looked at' in repr(make()) and "98" in make().facts['basis']
@@ -120,7 +125,7 @@ def test_other_folders_are_not_touched(tmp_path):
 
 
 def test_a_model_card_is_markdown(tmp_path):
-    card = _model_card(make(cleaning=CLEANED).facts)
+    card = _model_card(make(cleaning=CLEANED).facts, "open_clip.create_model('RN50', pretrained='cleaned.safetensors')")
     assert card.startswith('# A cleaned CLIP') and 'leads to the label | 98.0% | 1.0% |' in card and '<script>alert' not in card
 
 
