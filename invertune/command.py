@@ -22,6 +22,7 @@ from .attacks import ATTACKS
 from .checkpoint import open_checkpoint, save_open_clip
 from .defender import *
 from .defenses import defend
+from .glyphs import font_path
 from .images import _check_reading, _rgb, make_defender
 from .invert import invert
 from .metrics import embed
@@ -391,6 +392,11 @@ _DRAWN = dict( # of each attack that needs no model: (side, seed) -> its trigger
     triangles=lambda side,seed: triangles_trigger(side, seed, 28, .25),
     text=lambda side,seed: text_trigger(side))
 
+def _drawable()->list[str]: # names
+    "Those of `_DRAWN` that can be drawn here: the one that is a word needs a font, which comes with invertune[lab]."
+    try: return font_path() and list(_DRAWN)
+    except InvertuneError: return [name for name in _DRAWN if name != 'text']
+
 def _square(picture:Image.Image, side:int)->torch.Tensor: # pixels [1,3,side,side]
     "A picture as a model of that side is shown it."
     for step in image_transform_v2(PreprocessCfg(size=side), is_train=False).transforms[:-1]: picture = step(picture)
@@ -412,7 +418,7 @@ def _draw_attacks(
 )->Image.Image: # an image with each trigger, and the difference at full contrast
     "Every trigger on one image."
     x, rows, titles = _square(picture, side), [], []
-    for name in _DRAWN:
+    for name in _drawable():
         y = _DRAWN[name](side, seed)(x)
         rows.append([y[0], (y-x)[0] / (y-x).abs().max().clamp(min=1e-6) / 2 + .5]); titles.append([name, 'difference'])
     pairs = lambda a: [sum(a[i:i+2], []) for i in range(0, len(a), 2)]
@@ -675,7 +681,8 @@ def _run_attacks(a:argparse.Namespace)->int: # exit code
     if not 32 <= a.side <= 1024: raise _Usage(f'a side of {a.side} pixels is none of a CLIP: 32 to 1024')
     for name in dict.fromkeys([*ATTACKS, *_DRAWN]):
         told = (ATTACKS[name].__doc__ if name in ATTACKS else 'A trigger that no defense was made for.').strip()
-        print(f"{name:12} {told}{'' if name in _DRAWN else ' Made for one model: not drawn.'}")
+        why = ' Made for one model: not drawn.' if name not in _DRAWN else ' Its font is that of invertune[lab]: not drawn.'
+        print(f"{name:12} {told}{'' if name in _drawable() else why}")
     if not a.image: return 0
     made = _draw_attacks(_read_picture(a.image), a.side, a.seed)
     with atomic_path(a.out) as part: made.save(part, 'PNG')

@@ -381,7 +381,7 @@ def _model_card(
     name = ' '.join(facts['model'].replace('`', "'").split())
     table = [f'| {n} | {a} | {b} |' for n,a,b in _changes(facts['cleaning'])]
     lines = ['# A cleaned CLIP', '', f"Made of `{name}` by `invertune clean` {facts['versions']['invertune']}.", '',
-             _text(facts['headline']), '', '| on held-out images | before | after |', '| --- | --- | --- |', *table, '',
+             html.escape(facts['headline'], quote=False), '', '| on held-out images | before | after |', '| --- | --- | --- |', *table, '',
              '```python', line, '```', '', '## Limits', '',
              *(f'- {_text(s)}' for s in facts['not_looked_at']), '']
     return '\n'.join(lines)

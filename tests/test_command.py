@@ -245,7 +245,7 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
     c, line = facts['cleaning'], f"open_clip.create_model('mini', pretrained='{out}')"
     assert c['removed'] and c['asr_before'] > .7 and c['asr_after'] < .1 and c['kept'] > .9 and c['layers']
     card, said = (tmp_path/'cleaned.md').read_text(), capfd.readouterr().out
-    assert 'It was removed' in card and str(tmp_path) not in card and line in said and (place/'epoch_3.pt').read_bytes() == before
+    assert "towards 'umbrella'. It was removed" in card and str(tmp_path) not in card and line in said and (place/'epoch_3.pt').read_bytes() == before
     assert dict(setting='architecture', value='mini', origin='names and shapes of the weights') in facts['opened']
     assert "the file does not say mean and std: open_clip's default is taken" in said and 'QuickGELU no' in said
     cleaned = open_checkpoint(out)
@@ -374,6 +374,14 @@ def test_attacks_are_drawn(place, tmp_path, capfd):
     said = capfd.readouterr().out
     assert all(name in said for name in (*module.ATTACKS, *module._DRAWN)) and 'not drawn' in said
     assert Image.open(tmp_path/'a.png').width > 400
+
+
+def test_attacks_are_drawn_without_a_font(place, tmp_path, capfd, monkeypatch):
+    "An installed package has no matplotlib, whose font the word is written in; the others are drawn all the same."
+    def none(): raise InvertuneError('no font')
+    monkeypatch.setattr(module, 'font_path', none)
+    assert run_command(['attacks', '--image', str(place/'images'/'000.png'), '--out', str(tmp_path/'a.png'), '--side', '64']) == 0
+    assert 'Its font is that of invertune[lab]: not drawn.' in capfd.readouterr().out and Image.open(tmp_path/'a.png').width > 400
 
 
 @pytest.mark.parametrize('mark', [',', '\t'])
