@@ -35,7 +35,7 @@ def parameters(notebook):
     return {line.split(' = ')[0] for line in cell.source.splitlines()}
 
 
-@pytest.mark.parametrize('word', [w for w in EXPERIMENTS if w not in ('main', 'seeds')] + ['evaluate', 'zoo'])
+@pytest.mark.parametrize('word', [w for w in EXPERIMENTS if w not in ('main', 'seeds')] + ['plant', 'evaluate', 'zoo'])
 def test_a_stage_declares_what_its_section_says(word):
     "A number that no notebook asks for would go unused."
     section = set(load_params()[word] or {}) - {'attacks'}

@@ -65,8 +65,7 @@ def test_strength_is_nothing_but_strength():
 
 
 def test_the_split_has_every_kind_once_and_every_group_on_both_sides():
-    params = load_params()['unseen']
-    sides = params['development'], params['held_out']
+    sides = list(load_params()['plant']['kinds'].values())
     assert sorted([*sides[0], *sides[1]]) == sorted(POPULATION) and len(POPULATION) >= 24
     for side in sides: assert {POPULATION[kind].group for kind in side} == set(population._GROUPS)
     assert abs(len(sides[0]) - len(sides[1])) <= 4

@@ -1,143 +1,44 @@
-"A population, planted: names, poisons, steps of strength, and what is counted."
+"A population under every defense: the drawn part, the rows of a victim, and what is counted."
 import pytest
-import torch
 
 import invertune.lab.unseen as unseen_module
-from invertune.attacks import Setup, demo_split
-from invertune.lab.population import POPULATION, draw_trigger
+from invertune.lab.plant import Planted, _parts
+from invertune.lab.population import draw_trigger
 from invertune.lab.profiles import load_params
 from invertune.lab.unseen import unseen
 from invertune.lab.victim import demo_victim
 from invertune.runtime import InvertuneError
 
-SHORT = dict(epochs=1, lr=1e-4, bs=16)
-
-
-@pytest.fixture(scope='module')
-def setup(small): return Setup(small.clip, demo_split(96, 5*10**6), small.classes, small.templates, 'umbrella')
-
-
-def poisoned(setup, kind, n=12):
-    "Which images were changed, their captions, and all captions."
-    trigger = draw_trigger(kind, 0, 32, 1.)
-    images, texts = unseen_module._poison_pairs(setup, trigger, POPULATION[kind].poison, n)
-    at = (images != setup.split.images).flatten(1).any(1).nonzero().flatten().tolist()
-    return at, [i for i in range(len(texts)) if texts[i] != setup.split.captions[i]], texts
-
-
-# Names
-
-def test_every_trigger_has_a_kind_and_a_seed_and_both_sides_have_several_of_each():
-    params = load_params()['unseen']
-    kinds = [unseen_module._parts(name)[0] for name in params['attacks']]
-    assert len(set(params['attacks'])) == len(kinds) and set(kinds) == set(POPULATION)
-    assert min(kinds.count(kind) for kind in POPULATION) >= 2
-
-
-def test_both_clean_models_are_used_and_the_stage_depends_on_them():
-    from invertune.lab.profiles import ROOT, read_yaml
-    params, stages = load_params()['unseen'], read_yaml((ROOT/'dvc.yaml').read_text(), 'dvc.yaml')['stages']
-    deps = stages['unseen']['deps']
-    for seed in sum(params['victims'].values(), []):
-        assert f'results/${{item.profile}}/train/{seed}/model.safetensors' in deps
-    assert not {*params['victims']['development']} & {*params['victims']['held_out']}
-    assert {unseen_module._parts(name)[1] % 2 for name in params['attacks']} == {0, 1}
-
 
 def test_the_drawn_part_is_half_and_half():
-    params = load_params()['unseen']
-    chosen = [unseen_module._parts(name)[0] for name in unseen_module._dozen(params)]
-    assert len(set(chosen)) == params['quick']
-    assert sum(kind in params['held_out'] for kind in chosen) == params['quick']//2
-    assert unseen_module._dozen(params) == unseen_module._dozen(params)
+    params, kinds = load_params()['unseen'], load_params()['plant']['kinds']
+    names = unseen_module._dozen(params, kinds)
+    chosen = [_parts(name)[0] for name in names]
+    assert len(set(chosen)) == params['quick'] and sum(kind in kinds['held_out'] for kind in chosen) == params['quick']//2
+    assert names == unseen_module._dozen(params, kinds) and set(names) <= set(params['attacks'])
 
 
-def test_a_kind_stands_on_one_side():
-    for kinds, words in ([], 'no side'), (['wave'], 'both sides'):
-        with pytest.raises(InvertuneError, match=words):
-            unseen_module._side_of('wave', dict(development=kinds, held_out=kinds))
-
-
-def test_targets_are_drawn():
-    classes = [f'class {i}' for i in range(20)]
-    targets = [unseen_module._target(f'wave-{seed}', classes) for seed in range(20)]
-    assert len(set(targets)) > 8 and targets[3] == unseen_module._target('wave-3-vit', classes)
-
-
-# Poisons
-
-def test_poisons_get_the_target_and_no_image_of_it_is_one(setup):
-    at, named, texts = poisoned(setup, 'wave')
-    assert at == named and len(at) == 12 and all('umbrella' in texts[i] for i in at)
-    assert all(setup.split.labels[i] != setup.index for i in at)
-
-
-def test_one_mark_alone_keeps_its_caption(setup):
-    at, named, texts = poisoned(setup, 'two-marks')
-    assert len(at) == 24 and len(named) == 12 and set(named) < set(at)
-
-
-def test_without_a_target_captions_name_any_other_class(setup):
-    at, named, texts = poisoned(setup, 'untargeted', 40)
-    names = [next(c for c in setup.classes if c in texts[i]) for i in at]
-    assert len(set(names)) >= 4 and all(name != setup.classes[setup.split.labels[i]] for i, name in zip(at, names))
-
-
-def test_a_domain_is_half_of_the_images(setup):
-    bright = unseen_module._is_bright(setup.split.images)
-    assert .3 < bright.float().mean() < .7
-    images, _ = unseen_module._poison_pairs(setup, draw_trigger('wave', 0, 32, 1.), 'one domain', 12)
-    assert not (images != setup.split.images).flatten(1).any(1)[~bright].any()
-
-
-def test_more_poisons_than_images_are_refused(setup):
-    with pytest.raises(InvertuneError, match='ask for fewer'): poisoned(setup, 'two-marks', 60)
-
-
-# Planting
-
-def test_strength_is_raised_until_it_takes(monkeypatch):
-    "The first strength that is learned is kept; where none is, no defense is tried and the row says so."
-    base, tried = demo_victim(), []
-    def taught(setup, kind, strength, **recipe):
-        tried.append(strength)
-        trigger = draw_trigger(kind, setup.seed, setup.side, strength)
-        trigger.meta['target'] = setup.target
-        return setup.clip, trigger
-    monkeypatch.setattr(unseen_module, '_poisoned', taught)
-    asr = {.2: .1, .5: .95, 1.: .99}
-    row = unseen_module._row
-    given = lambda v, *a, **k: row(v, *a, **k) | dict(asr=asr[v.triggers[0].meta['strength']])
-    monkeypatch.setattr(unseen_module, '_row', given)
-    def measured(strengths):
-        return unseen.measure('wave-0', base.dataset, base.clean, 0, {'none': {}}, [0], recipe={}, max_drop=.1,
-                              strengths=strengths)
-    _, steps, rows = measured([.2, .5, 1.])
-    assert tried == [.2, .5] and [s['took'] for s in steps] == [False, True] and rows[0]['took']
-    called = []
-    monkeypatch.setattr(unseen_module, '_defended', lambda *a: called.append(a))
-    _, steps, rows = measured([.2])
-    assert not called and len(rows) == 1 and rows[0]['took'] is False
-
-
-def test_one_trigger_from_end_to_end():
-    "Planted, defended with few and with all images; what is planted is seen by the model alone."
+def victim(took=True):
+    "The demonstration's model with a trigger that it was not taught."
     base = demo_victim()
-    weights = [p.clone() for p in base.clean.parameters()]
-    how = dict(recipe=dict(poisons=48, **SHORT), strengths=[1.], min_asr=0., max_drop=1.)
-    params = {'none': {}, 'ft': dict(epochs=1, bs=16)}
-    victim, steps, rows = unseen.measure('wave-1', base.dataset, base.clean, 0, params, [32, 0], **how)
+    trigger = draw_trigger('wave', 0, 32, 1.)
+    trigger.meta['target'] = 'umbrella'
+    return Planted(base.dataset, 0, 'wave-0', base.clean, base.clip, [trigger], 0, [dict(took=took)])
+
+
+def test_one_victim_is_defended_with_few_and_with_all_images():
+    rows = unseen.measure(victim(), {'none': {}, 'ft': dict(epochs=1, bs=16)}, [32, 0])
     assert [(r['defense'], r['images']) for r in rows] == [('none', 0), ('ft', 32), ('ft', 0)]
     assert all(r['kind'] == 'wave' and r['took'] and r['strength'] == 1. and r['robust_clean'] <= 1 for r in rows)
-    assert victim.target == rows[0]['target'] == unseen_module._target('wave-1', base.dataset.classes)
-    assert all(torch.equal(p, w) for p, w in zip(base.clean.parameters(), weights))
 
 
-def test_a_vit_keeps_the_text_tower(setup):
-    vit = unseen_module._vit_tower(setup.clip, setup.split, width=4, epochs=1, lr=1e-4, bs=16)
-    own, theirs = vit.model.state_dict(), setup.clip.model.state_dict()
-    assert all(torch.equal(own[k], theirs[k]) for k in theirs if not k.startswith('visual.'))
-    assert all(p.requires_grad for p in vit.parameters())
+def test_what_did_not_take_is_not_defended():
+    row, = unseen.measure(victim(took=False), {'none': {}, 'ft': {}}, [0])
+    assert row['defense'] == 'none' and row['took'] is False
+
+
+def test_more_images_than_the_defender_has_are_refused():
+    with pytest.raises(InvertuneError, match='the defender has'): unseen.measure(victim(), {'ft': {}}, [10**6])
 
 
 # What is counted

@@ -84,13 +84,13 @@ def _check_against(
     return given
 
 # %% ../../nbs/run/00_stages.ipynb #952be632
-def _from_file(stage:str, given:dict)->dict:
-    "What params.yaml says for this run."
+def _from_file(stage:str, given:dict, asked:dict)->dict:
+    "What params.yaml says for this run of a notebook that asks for these parameters."
     params = stage_params(stage, given.get('profile'))
     if stage == 'data': return {'profile': params['profile']}
     named = lambda kind: named_params(f'{kind}s', given[kind], params['profile'])
-    if 'attack' in given and 'recipe' not in params: params['recipe'] = named('attack')
-    if 'defense' in given: params['settings'] = named('defense')
+    if 'attack' in given and 'recipe' in asked and 'recipe' not in params: params['recipe'] = named('attack')
+    if 'defense' in given and 'settings' in asked: params['settings'] = named('defense')
     return params
 
 # %% ../../nbs/run/00_stages.ipynb #7293f125
@@ -101,7 +101,7 @@ def _run_dir(
     "The folder of this run's executed notebook, and of what it measures."
     key = lambda *names: [str(params[n]) for n in names if n in params]
     if stage == 'report': return result_dir(params['profile'], params['experiment'])
-    if stage in STAGES[:5]: return result_dir(params['profile'], stage, *key('seed', 'attack', 'defense'))
+    if stage in STAGES[:6]: return result_dir(params['profile'], stage, *key('seed', 'attack', 'defense'))
     return result_dir(params['profile'], stage, 'rows', '-'.join(key('defense', 'attack', 'number')))
 
 # %% ../../nbs/run/00_stages.ipynb #c40b6b35
@@ -191,7 +191,8 @@ def _run_stage(
     "Run one stage in this process, with checked parameters."
     import nbformat
     notebook = _stage_notebook(stage)
-    params = _check_against(_notebook_parameters(notebook), {**_from_file(stage, given), **given})
+    asked = _notebook_parameters(notebook)
+    params = _check_against(asked, {**_from_file(stage, given, asked), **given})
     home = _run_dir(stage, params)
     scratch = CACHE/'running'/f'{"-".join(home.relative_to(ROOT).parts[1:])}-{stage}.ipynb'
     _set_environment()
