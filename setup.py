@@ -14,5 +14,6 @@ setup(
     long_description=Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else '',
     long_description_content_type='text/markdown', python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['invertune', 'invertune.*']), package_data={'invertune': ['calibration.json']},
+    entry_points={'console_scripts': cfg['console_scripts'].split()},
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('lab', 'run', 'dev')})

@@ -365,11 +365,11 @@ def _by_weights(
         if model and not _misfits(_shapes(model), weights): return dict(name='tiny', model=model, tiny=tiny)
         _no_architecture(facts, weights, path)
     alike = {json.dumps(m | dict(quick_gelu=0), sort_keys=True) for m in fits.values()}
-    if len(alike) > 1: raise InvertuneError(f'{path} fits {", ".join(fits)} alike: say which with name=')
+    if len(alike) > 1: raise InvertuneError(f'{path} fits {", ".join(fits)} alike: say which with name= (--arch)')
     if quick_gelu is None and len({m.get('quick_gelu', False) for m in fits.values()}) > 1:
         raise InvertuneError(f"{path} fits {min(fits, key=len)}, but does not say whether it computes with QuickGELU: "
-                             "give quick_gelu=True if it was trained by OpenAI or from OpenAI's weights, False if "
-                             'open_clip trained it from scratch')
+                             "give quick_gelu=True (--quick-gelu) if it was trained by OpenAI or from OpenAI's weights, "
+                             'False (--no-quick-gelu) if open_clip trained it from scratch')
     name = min(fits, key=len)
     return dict(name=name, model=fits[name])
 
@@ -579,7 +579,7 @@ def _complete(
     has,lacks = ('image', 'text') if image else ('text', 'image')
     if base is None: raise InvertuneError(f'{path} holds an {has} tower alone'.replace('an text', 'a text') +
                                           f": give the model whose {lacks} tower belongs to it, such as "
-                                          "base=open_checkpoint('RN50:openai')")
+                                          "base=open_checkpoint('RN50:openai') (--base RN50:openai)")
     own = _lifted({k: v.detach().cpu() for k,v in base.model.state_dict().items()})
     rest = {k: v for k,v in own.items() if k.startswith('logit_') or k.startswith('visual.') == text}
     return rest | weights, [(f'the base, whose {lacks} tower this is', _header_says(base.config))]

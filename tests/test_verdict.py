@@ -13,7 +13,7 @@ from invertune.defender import Case, Defender
 from invertune.model import tiny_clip
 from invertune.runtime import InvertuneError, save_json
 from invertune.search import text_image_gap
-from invertune.verdict import calibrate, clean, gather_evidence, judge, load_calibration, scan
+from invertune.verdict import calibrate, gather_evidence, judge, load_calibration, scan
 
 FAMILIES = (*verdict._WHOLE, *verdict._PATCHES)
 USUAL = {f: (.5, .1) for f in FAMILIES}
@@ -93,16 +93,15 @@ def test_the_calibration_is_read_from_the_package(tmp_path):
     assert done.stdout.strip() == '32', done.stderr
 
 
-@pytest.mark.parametrize('ask', [scan, clean])
-def test_a_calibration_that_does_not_fit_is_refused(small, defender, ask, monkeypatch):
+def test_a_calibration_that_does_not_fit_is_refused(small, defender, monkeypatch):
     "Models of another size are not judged, unless one says that a guess will do."
     monkeypatch.setattr(verdict, 'gather_evidence', lambda case, **kw: [row('blend', .9, 1., 0.)])
     large = tiny_clip(image_size=64, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
     own = Defender(**vars(defender) | dict(images=torch.nn.functional.interpolate(defender.images, 64)))
-    with says('made with models for images of 32 pixels a side, but this one takes 64'): ask(large, own)
-    with says('made with models for images of 224'): ask(small.bad, defender, calibration=NEVER | dict(side=224))
-    ask(large, own, calibration=NEVER | dict(side=64)); ask(large, own, calibration=NEVER, force=True)
-    with says('knows no clean resnet'): ask(small.bad, defender, calibration=NEVER | dict(usual=dict(vit=USUAL)))
+    with says('made with models for images of 32 pixels a side, but this one takes 64'): scan(large, own)
+    with says('made with models for images of 224'): scan(small.bad, defender, calibration=NEVER | dict(side=224))
+    scan(large, own, calibration=NEVER | dict(side=64)); scan(large, own, calibration=NEVER, force=True)
+    with says('knows no clean resnet'): scan(small.bad, defender, calibration=NEVER | dict(usual=dict(vit=USUAL)))
 
 
 def test_scan_repeats_and_touches_nothing(small, defender):
@@ -128,14 +127,6 @@ def test_a_model_that_is_broken_is_refused(small, defender):
     for m in broken.modules():
         if isinstance(m, torch.nn.BatchNorm2d): m.running_var.neg_()
     with says('NaN'): scan(broken, defender)
-
-
-def test_clean_leaves_an_innocent_model_alone(small, defender, monkeypatch):
-    monkeypatch.setattr(verdict, 'gather_evidence', lambda *args, **kw: [row('blend', .9, 1., 0.)])
-    left, said = clean(small.bad, defender, calibration=NEVER)
-    assert not said.backdoored and left is not small.bad and same(state(left), state(small.bad))
-    tuned, said = clean(small.bad, defender, calibration=ALWAYS, defense='ft', epochs=1, bs=32)
-    assert said.backdoored and not same(state(tuned), state(small.bad))
 
 
 def test_the_search_asks_no_class(small, defender):
