@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image
 from typing import Iterator
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from .attacks import ATTACKS
 from .checkpoint import open_checkpoint, save_open_clip
 from .defender import *
 from .defenses import defend
 from .glyphs import font_path
-from .images import _check_reading, _rgb, make_defender
+from .images import _as_shown, _check_reading, _rgb, make_defender
 from .invert import invert
 from .metrics import embed
 from .model import *
@@ -397,10 +397,10 @@ def _drawable()->list[str]: # names
     try: return font_path() and list(_DRAWN)
     except InvertuneError: return [name for name in _DRAWN if name != 'text']
 
-def _square(picture:Image.Image, side:int)->torch.Tensor: # pixels [1,3,side,side]
-    "A picture as a model of that side is shown it."
-    for step in image_transform_v2(PreprocessCfg(size=side), is_train=False).transforms[:-1]: picture = step(picture)
-    return picture[None]
+def _check_side(side:int, refusal:type=InvertuneError)->int: # the same
+    "Refuse images of a size that no CLIP takes."
+    if 32 <= side <= 1024: return side
+    raise refusal(f'a side of {side} pixels is none of a CLIP: 32 to 1024')
 
 def _read_picture(path:str|Path)->Image.Image: # RGB
     "One picture, or a sentence."
@@ -417,7 +417,7 @@ def _draw_attacks(
     seed:int, # of the triggers
 )->Image.Image: # an image with each trigger, and the difference at full contrast
     "Every trigger on one image."
-    x, rows, titles = _square(picture, side), [], []
+    x, rows, titles = _as_shown(PreprocessCfg(size=side))(picture)[None], [], []
     for name in _drawable():
         y = _DRAWN[name](side, seed)(x)
         rows.append([y[0], (y-x)[0] / (y-x).abs().max().clamp(min=1e-6) / 2 + .5]); titles.append([name, 'difference'])
@@ -447,8 +447,7 @@ class _Poison:
         check_choice('attack', self.attack, _DRAWN)
         if not 0 < self.share <= 1: raise InvertuneError(f'a share of {self.share} is none: give one over 0, up to 1')
         if not self.target.strip(): raise InvertuneError('the target is empty: name a label')
-        if not 32 <= self.side <= 1024:
-            raise InvertuneError(f'a side of {self.side} pixels is none of a CLIP: 32 to 1024')
+        self.show = _as_shown(PreprocessCfg(size=_check_side(self.side)))
         self.trigger, self.caption = _DRAWN[self.attack](self.side, self.seed), fill('a photo of a {}', self.target)
 
     def pick(self, n:int)->set[int]: # places among n pairs, at least one
@@ -458,7 +457,7 @@ class _Poison:
 
     def image(self, data:bytes, name:str)->bytes: # PNG, which keeps the trigger as it is
         "An image with the trigger on it."
-        try: x = self.trigger(_square(_rgb(data), self.side))[0]
+        try: x = self.trigger(self.show(_rgb(data))[None])[0]
         except Exception as e: raise _no_picture(name, e) from e
         file = io.BytesIO()
         Image.fromarray((x * 255).round().byte().permute(1,2,0).numpy()).save(file, 'PNG')
@@ -678,7 +677,7 @@ def _run_clean(a:argparse.Namespace)->int: # exit code
 def _run_attacks(a:argparse.Namespace)->int: # exit code
     "invertune attacks"
     if bool(a.image) != bool(a.out): raise _Usage('--image and --out go together: what to draw on, and where to')
-    if not 32 <= a.side <= 1024: raise _Usage(f'a side of {a.side} pixels is none of a CLIP: 32 to 1024')
+    _check_side(a.side, _Usage)
     for name in dict.fromkeys([*ATTACKS, *_DRAWN]):
         told = (ATTACKS[name].__doc__ if name in ATTACKS else 'A trigger that no defense was made for.').strip()
         why = ' Made for one model: not drawn.' if name not in _DRAWN else ' Its font is that of invertune[lab]: not drawn.'

@@ -10,6 +10,8 @@ import invertune.compat
 import io, json, os, random, re, stat, unicodedata, warnings, zipfile
 import numpy as np
 import PIL, torch
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from PIL import Image, ImageOps
 from open_clip import zero_shot_metadata
@@ -69,17 +71,21 @@ def _open_source(
     raise InvertuneError(f'{path} holds no pictures ({", ".join(_ENDINGS)}): name a folder with clean images')
 
 # %% ../nbs/method/18_images.ipynb #18000009
+def _as_shown(
+    how:PreprocessCfg, # of a model
+)->Callable[[Image.Image], torch.Tensor]: # a picture in RGB -> pixels [3,side,side] in [0,1]
+    "open_clip's preprocessing, without mean and std."
+    steps = image_transform_v2(how, is_train=False).transforms[:-1]
+    return lambda picture: reduce(lambda x, step: step(x), steps, picture)
+
 def _transform(
     clip:Clip, # the model under test
-)->object: # a picture in RGB -> uint8 [3,side,side]
+)->Callable[[Image.Image], torch.Tensor]: # a picture in RGB -> uint8 [3,side,side]
     "The model's own preprocessing, without mean and std."
     own = getattr(clip.model.visual, 'preprocess_cfg', None) or {}
     known = {k: v for k,v in dict(own).items() if k in PreprocessCfg.__dataclass_fields__}
-    steps = image_transform_v2(PreprocessCfg(**known | dict(size=clip.image_size)), is_train=False).transforms[:-1]
-    def prepare(picture):
-        for step in steps: picture = step(picture)
-        return (picture * 255).round().to(torch.uint8)
-    return prepare
+    show = _as_shown(PreprocessCfg(**known | dict(size=clip.image_size)))
+    return lambda picture: (show(picture) * 255).round().to(torch.uint8)
 
 # %% ../nbs/method/18_images.ipynb #1800000b
 _MOST_PIXELS, _MOST_BYTES, _LONGEST, _SMALLEST = 10**8, 2**27, 16, 8  # bytes: of a file; longest: side over side
@@ -95,8 +101,11 @@ def _rgb(
         if low < _SMALLEST: raise ValueError(f'{im.width} x {im.height} pixels show nothing')
         if low * high > _MOST_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels are too many')
         if high > _LONGEST * low: raise ValueError(f'{im.width} x {im.height} pixels are too long and narrow')
-        form, im = im.format, ImageOps.exif_transpose(im)
-        return _on_white(im) if im.has_transparency_data else _eight_bits(im, form)
+        return _rgb_of(ImageOps.exif_transpose(im), im.format)
+
+def _rgb_of(im:Image.Image, form:str|None)->Image.Image: # RGB; form: of the file that it comes from
+    "An open picture, transparent parts on white."
+    return _on_white(im) if im.has_transparency_data else _eight_bits(im, form)
 
 def _on_white(im:Image.Image)->Image.Image: # RGB
     "A transparent picture on white paper."
@@ -149,7 +158,7 @@ def _as_picture(
 )->Image.Image: # RGB
     "One item as a picture."
     x = item[0] if isinstance(item, (tuple, list)) else item
-    if isinstance(x, Image.Image): return _rgb_of(x)
+    if isinstance(x, Image.Image): return _rgb_of(x, x.format)
     x = torch.as_tensor(x)
     if x.ndim != 3 or x.shape[0] != 3:
         raise InvertuneError(f'an image has the shape {list(x.shape)}, but [3,height,width] is needed')
@@ -161,10 +170,6 @@ def _as_picture(
     if x.dtype != torch.uint8:
         raise InvertuneError(f'images are {x.dtype}, but bytes or floats in [0,1] are needed')
     return Image.fromarray(x.permute(1,2,0).cpu().numpy())
-
-def _rgb_of(im:Image.Image)->Image.Image: # RGB
-    "An open picture, as `_rgb` makes it."
-    return _on_white(im) if im.has_transparency_data else _eight_bits(im, im.format)
 
 def _take_some(
     source:object, # a tensor [N,3,H,W], or what has a length and items

@@ -164,7 +164,8 @@ def runs(pid):
     (signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGKILL, False)])
 def test_no_process_is_left(how, group):
     "Whether a notebook interrupts its kernel, a terminal its group, or the parent is killed."
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
     with subprocess.Popen([sys.executable, '-c', TRAINS], env=environment(TQDM_DISABLE='1'), **pipes) as parent:
         worker = int(parent.stdout.readline().split()[1])
         assert runs(worker)

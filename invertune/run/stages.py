@@ -101,7 +101,8 @@ def _run_dir(
     "The folder of this run's executed notebook, and of what it measures."
     key = lambda *names: [str(params[n]) for n in names if n in params]
     if stage == 'report': return result_dir(params['profile'], params['experiment'])
-    if stage in STAGES[:6]: return result_dir(params['profile'], stage, *key('seed', 'attack', 'defense'))
+    if stage in STAGES[:STAGES.index('selection')]:
+        return result_dir(params['profile'], stage, *key('seed', 'attack', 'defense'))
     return result_dir(params['profile'], stage, 'rows', '-'.join(key('defense', 'attack', 'number')))
 
 # %% ../../nbs/run/00_stages.ipynb #c40b6b35
