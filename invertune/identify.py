@@ -22,11 +22,13 @@ def _simulate(
     trigger:Trigger, # what moves the images
     seed:int=0, # what it was made with, for the record
     n:int=512, # images to measure it on, at most
-)->dict: # family, seed, clean_share [C], adv_share [C]
-    "Where a perturbation sends the images of `select`."
+    strength:float=.5, # of the diluted one
+)->dict: # family, seed, clean_share [C], adv_share [C], diluted: mean log probabilities [C]
+    "Where a perturbation sends the images of `select`, and where it still sends them at half its strength."
     images,f,_ = case.part('select', n)
+    weak = log_probabilities(embed(case.clip, images[:128], diluted(trigger, strength)), case.head.cpu()).mean(0)
     return dict(family=trigger.meta['family'], seed=seed, clean_share=class_shares(f, case.head),
-                adv_share=class_shares(embed(case.clip, images, trigger), case.head))
+                adv_share=class_shares(embed(case.clip, images, trigger), case.head), diluted=weak)
 
 def _gain(simulation): return simulation['adv_share'] - simulation['clean_share']
 
@@ -38,16 +40,16 @@ class Identification(Drawn):
     target:int # number of the class identified
     family:str # of the perturbation that decided
     probability:torch.Tensor # of each class to be the target, [C], sums to 1; of the paper's rule: 1 for its arg max
-    simulations:list # of dict(family, seed, clean_share [C], adv_share [C])
-    candidates:list # of dict(index, family, gap, score, ways), the likelier the higher; the paper's rule has none
+    simulations:list # of dict(family, seed, clean_share [C], adv_share [C], diluted [C])
+    candidates:list # of dict(index, family, gap, lead, score, ways), the likelier the higher; the paper's rule has none
 
     @property
     def name(self)->str: return self.classes[self.target] # of the target
 
     def to_dict(self)->dict: # what JSON can say, classes by name
         "For a report."
-        sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share')} for s in self.simulations]
-        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','score','ways')}
+        sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share','diluted')} for s in self.simulations]
+        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','lead','score','ways')}
                  for c in self.candidates]
         return dict(target=self.name, family=self.family, classes=self.classes, probability=self.probability.tolist(),
                     simulations=sims, candidates=named)
@@ -123,13 +125,22 @@ def shortcut(
     bs:int=16, # images a step
     seed:int=0, # of the batches
     n:int=128, # images to measure on, at most
+    strength:float=.5, # at which it is measured; 1: that which it was made with
 )->float: # mean log probability of the class; the higher, the shorter the way
-    "How far a short targeted perturbation gets towards a class."
+    "How far a short targeted perturbation gets towards a class, at half its strength."
     loss = target_loss(case.head, index)
     made = universal_perturbation(case.clip, case.fit, trigger, loss, steps, bs, seed=seed)
-    return -loss(embed(case.clip, case.select[:n], made)).item()
+    return -loss(embed(case.clip, case.select[:n], diluted(made, strength))).item()
 
 # %% ../nbs/method/11_identify.ipynb #5a651f06
+def _leads(simulations):
+    "By how much each class [C] is ahead of all others where a diluted simulation leads; 0 elsewhere."
+    leads = torch.zeros_like(simulations[0]['diluted'])
+    for s in simulations:
+        (first,second),(top,_) = s['diluted'].topk(2)
+        leads[top] = max(leads[top], first - second)
+    return leads
+
 def _beyond_chance(gap):
     "What of each gap [C] is more than the largest one the other way, at least 0."
     return (gap + gap.min().clamp(max=0)).clamp(min=0)
@@ -168,12 +179,13 @@ def identify(
     best = [triggers[alikeness(e).argmax()] for triggers,e in drawn.values()]
     made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, 32, seed=seed) for t in best]
     sims,gap = [_simulate(case, t, seed) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
+    leads = _leads(sims)
     asked = _asked(case, sims, gap, named, least, gen)
     ways = _ways(case, drawn, asked, 8, 16, seed)
     easier,at = (ways - ways.median(0).values).max(1)
-    scores = easier + gap[asked]
-    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s, ways=dict(zip(families, row)))
-            for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
+    scores = easier + leads[asked] + gap[asked]
+    told = [dict(index=c, family=families[f], gap=gap[c].item(), lead=leads[c].item(), score=s,
+                 ways=dict(zip(families, row))) for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
     prob = torch.zeros(len(case.classes)).index_add(0, torch.tensor(asked), scores.softmax(0))
     top = scores.argmax().item()
     return Identification(case.classes, asked[top], families[at[top]], prob, sims, told)

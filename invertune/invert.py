@@ -210,11 +210,21 @@ def _best_draws(case, target, families, draws, keep, gen):
         return [drawn[i] for i in scores.topk(min(keep, draws)).indices.tolist()]
     return [trigger for family in families for trigger in best(family)]
 
-def _promising(case, target, triggers, least=.2):
-    "Those that reach an inverted ASR, and how many that are; the best one where none does, and 0."
-    asr = [inverted_asr(case, target, t, 'select', 128) for t in triggers]
-    kept = [t for t,a in zip(triggers, asr) if a >= least]
-    return kept or [triggers[asr.index(max(asr))]], len(kept)
+def _promising(triggers, asr, least=.2):
+    "Those that reach an inverted ASR; the best one where none does."
+    return [t for t,a in zip(triggers, asr) if a >= min(least, max(asr, default=0.))]
+
+def _refined(case, target, starts, strength, trial, steps, bs, seed):
+    "Starts driven to the target at a share of their strength, best first: [(trigger, inverted ASR there and at full)]."
+    loss = target_loss(case.head, target)
+    def go_on(t, n, seed):
+        return universal_perturbation(case.clip, case.fit, t, loss, n, bs, seed=seed, strength=strength)
+    def reached(t, n):
+        return min(inverted_asr(case, target, diluted(t, s), 'select', n) for s in dict.fromkeys((strength, 1.)))
+    tried = [go_on(t, min(trial, steps), seed) for t in starts]
+    kept = _promising(tried, [reached(t, 128) for t in tried])
+    made = [go_on(t, max(0, steps-trial), seed+1) for t in kept]
+    return sorted(((t, reached(t, 256)) for t in made), key=lambda pair: -pair[1])
 
 # %% ../nbs/method/12_invert.ipynb #a1d15cee
 def invert(
@@ -228,23 +238,22 @@ def invert(
     stride:float=24, # spacing of the grid's places, in pixels at 224
     trial:int=8, # sign steps before the first look
     steps:int=24, # sign steps in all
+    strength:float=.5, # the share of their change that the starts are driven at first; 1: nothing but full strength
     bs:int=32, # images a step
     gate:float=.7, # inverted ASR under which the inversion has failed (paper)
     seed:int=0, # of everything
     chunk:int=48, # images that go through the model at once in the scans, about
 )->Bank: # its report has the scores of the places
     "Ours: places by a parallel scan, draws of a broad dictionary by forward passes; the best of both are refined."
-    loss,gen = target_loss(case.head, target), torch.Generator().manual_seed(seed)
-    def go_on(t, n, seed): return universal_perturbation(case.clip, case.fit, t, loss, n, bs, seed=seed)
+    gen = torch.Generator().manual_seed(seed)
     patches,scores = _patches(case, target, patch, stride, places, seed, chunk) if places else ([], [])
     starts = patches + _best_draws(case, target, families, draws, keep, gen)
-    tried = [go_on(t, min(trial, steps), seed) for t in starts]
-    kept,promising = _promising(case, target, tried)
-    bank = _best_first(case, target, [go_on(t, max(0, steps-trial), seed+1) for t in kept], gate)
-    bank.report = dict(_told(case, target, bank), tried=len(tried), promising=promising, places=scores)
+    kept,early = [],0
+    for s in dict.fromkeys((strength, 1.)):
+        known,early = {t.meta['family'] for t in kept},len(kept)
+        rest = [t for t in starts if t.meta['family'] not in known]
+        made = _refined(case, target, rest, s, trial, steps, bs, seed)
+        kept += [t for t,a in made if s == 1 or a >= gate]
+    bank = Bank(kept, [inverted_asr(case, target, t) for t in kept], gate)
+    bank.report = dict(_told(case, target, bank), tried=len(starts), early=early, places=scores)
     return bank
-
-def _best_first(case, target, triggers, gate):
-    "A bank, in the order of the inverted ASR on `select`; what it reports is measured on `test`."
-    chosen = sorted(triggers, key=lambda t: -inverted_asr(case, target, t, 'select'))
-    return Bank(chosen, [inverted_asr(case, target, t) for t in chosen], gate)

@@ -313,10 +313,12 @@ MOVER = dict(
     step_size=.12,   # as `FREE_TENSORS` has it
     jitter=7,        # pixels at 224 that a patch may be aside, as it was found
     wander=56,       # the same from a random start
+    weakest=.4,      # strength of a step's trigger, from here to 1: the share of its change that is left
     anew=.5,         # share of the triggers that start at random; the others start as they were found
     others=.5,       # share of the batch for the dictionary: half of it for its adversarial members, half for draws
     follow=2,        # sign steps of an adversarial member, whenever it is its turn
-    renew=5)         # turns after which it starts again, from the best of a few draws
+    renew=5,         # turns after which it starts again, from the best of a few draws
+    each=3)          # images that share a draw
 _STATISTICS = ('absorb','follow') # what may be done about BatchNorm's: see above
 
 def _changed(
@@ -343,12 +345,13 @@ def _moved(
     loss:Callable, # embeddings -> scalar
     gen:torch.Generator, # of all that is drawn
     mover:dict, # see `MOVER`
-)->Trigger: # another one
+)->Callable: # a change of pixels
     "The trigger of one tuning step."
-    if not mover['steps']: return trigger
+    strength = mover['weakest'] + (1-mover['weakest']) * torch.rand(1, generator=gen).item()
+    if not mover['steps']: return diluted(trigger, strength)
     made = _restarted(trigger, *(scaled(mover[k], x.shape[-1]) for k in ('jitter','wander')), gen, mover['anew'])
-    for _ in range(mover['steps']): made = sign_step(clip, x, made, loss, mover['step_size'])
-    return made
+    for _ in range(mover['steps']): made = sign_step(clip, x, made, loss, mover['step_size'], strength)
+    return diluted(made, strength)
 
 def _renewed(
     clip:Clip, # the model as it is now
@@ -376,15 +379,16 @@ def _others(
     gen:torch.Generator, # of the draws
     mover:dict, # see `MOVER`
 )->torch.Tensor: # the same under triggers of the dictionary
-    "Half of the images under an adversarial member of a family, half under a draw of any."
+    "Half of the images under an adversarial member of a family, the others under draws of any."
     family = families[step % len(families)]
     made,turns = pool.get(family, (None, 0))
     if turns % mover['renew'] == 0: made = _renewed(clip, x, family, loss, gen, mover['step_size'])
     for _ in range(mover['follow']): made = sign_step(clip, x, made, loss, mover['step_size'])
     pool[family] = made,turns+1
-    lot,half = families[torch.randint(len(families), (1,), generator=gen).item()], -(-len(x) // 2)
-    parts = [made(x[:half])] + [random_perturbation(lot, x.shape[-1], gen)(x[half:])] * (half < len(x))
-    return torch.cat(parts)
+    def draw(): return random_perturbation(families[torch.randint(len(families), (1,), generator=gen).item()],
+                                           x.shape[-1], gen)
+    half = -(-len(x) // 2)
+    return torch.cat([made(x[:half])] + [draw()(part) for part in x[half:].split(mover['each'])])
 
 # %% ../nbs/method/13_tune.ipynb #fa0b08f9
 def _warm_adamw(

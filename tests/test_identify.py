@@ -64,7 +64,7 @@ def test_a_report_that_json_can_say(case):
     told = json.loads(json.dumps(one(case).to_dict()))
     assert told.keys() == {'target', 'family', 'classes', 'probability', 'simulations', 'candidates'}
     assert told['target'] in told['classes'] and {c['class'] for c in told['candidates']} <= set(told['classes'])
-    assert told['candidates'][0].keys() == {'class', 'family', 'gap', 'score', 'ways'}
+    assert told['candidates'][0].keys() == {'class', 'family', 'gap', 'lead', 'score', 'ways'}
 
 
 @pytest.mark.parametrize('rule', [one, lambda case: identify_paper(case, steps=1)])

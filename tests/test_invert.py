@@ -9,7 +9,7 @@ from invertune.attacks import demo, demo_split
 from invertune.defender import Case
 from invertune.invert import Bank, inverted_asr, invert, invert_paper, load_bank
 from invertune.runtime import InvertuneError
-from invertune.search import FAMILIES, random_perturbation
+from invertune.search import FAMILIES, diluted, random_perturbation
 from invertune.triggers import Trigger
 
 SHORT = dict(steps=2, draws=4, stride=56, families=('flow',))
@@ -134,7 +134,7 @@ def test_the_inversion_finds_a_small_patch(small, case):
     assert bank.passed and bank.inverted_asr > .9 and 'place' in bank.families
     told = json.loads(json.dumps(bank.report))
     assert told['target'] == 'umbrella' and told['failed'] is None and told['tried'] == 2 + 2*len(FAMILIES)
-    assert 1 <= told['promising'] <= told['tried'] and len(told['triggers']) == len(bank) and len(told['places']) == 100
+    assert 0 <= told['early'] <= len(bank) <= told['tried'] and len(told['triggers']) == len(bank) and len(told['places']) == 100
     for t, f in zip(told['triggers'], bank.families): assert (t['place'] is None) == (f != 'place')
 
 
@@ -157,17 +157,21 @@ def test_nothing_is_chosen_on_the_images_that_are_reported_on(small, case, run):
         assert all(torch.equal(v, u.tensors[k]) for k, v in t.tensors.items())
 
 
-def test_what_is_promising(case, monkeypatch):
-    "Those that reach a fifth; where none does the best one goes on, and is counted as what it is."
-    asr = {}
-    monkeypatch.setattr(step2, 'inverted_asr', lambda case, target, t, *args: asr[t.meta['n']])
-    tried = [Trigger('add', dict(delta=torch.zeros(1, 3, 32, 32)), n=n) for n in range(3)]
-    def numbers(*given):
-        asr.update(enumerate(given))
-        kept, count = step2._promising(case, 4, tried)
-        return [t.meta['n'] for t in kept], count
-    assert numbers(.1, .2, .9) == ([1, 2], 2)
-    assert numbers(.1, .15, 0.) == ([1], 0)
+def test_what_is_promising():
+    "Those that reach a fifth; where none does the best one goes on."
+    assert step2._promising([0, 1, 2], [.1, .2, .9]) == [1, 2]
+    assert step2._promising([0, 1, 2], [.1, .15, 0.]) == [1]
+    assert step2._promising([], []) == []
+
+
+def test_what_arrives_early_comes_first(case):
+    "The first triggers of a bank reach its gate at half of their strength as well; with strength 1 none is tried there."
+    few = SHORT | dict(families=('field', 'flow'), steps=12, trial=4)
+    bank, late = (invert(case, 4, **few, strength=s) for s in (.5, 1.))
+    early = bank.triggers[:bank.report['early']]
+    assert early and all(inverted_asr(case, 4, diluted(t), 'select') >= bank.gate for t in early)
+    assert {t.meta['family'] for t in early}.isdisjoint(t.meta['family'] for t in bank.triggers[len(early):])
+    assert not late.report['early'] and late.report['tried'] == bank.report['tried']
 
 
 def test_a_class_that_nothing_leads_to_fails(small):
