@@ -35,6 +35,7 @@ _PARTS = { # parameters of `tune`
     'bank alone': dict(mover=dict(others=0.)),
     'dictionary alone': dict(mover=dict(others=1.)),
     'triggers that stand still': dict(mover=dict(steps=0)),
+    'full strength': dict(mover=dict(weakest=1.)), # of the inversion as well, see below
     'fresh triggers alone': dict(mover=dict(anew=1.)),
     'fresh triggers where found': dict(mover=dict(wander=7)),
     'statistics that stand still': dict(statistics=('absorb',)),
@@ -65,6 +66,7 @@ _BANKS = { # (case, target, the bank that was inverted) -> Bank
     'patches alone': lambda case,target,bank: _only(bank, lambda family: family in _PATCHES),
     'whole images alone': lambda case,target,bank: _only(bank, lambda family: family not in _PATCHES),
     'published inversion': lambda case,target,bank: invert_paper(case, target),
+    'full strength': lambda case,target,bank: invert(case, target, strength=1., seed=case.seed),
     'no inversion': lambda case,target,bank: _uninverted(case)}
 
 _PUBLISHED = 'published tuning'
@@ -94,13 +96,14 @@ def _measure(victim, target, bank, variants, whole=None, params={}):
 
 # %% ../../nbs/lab/08_ablations.ipynb #026753c1
 def _rules(ours, paper):
-    "{rule: class name}: ours, the published one, the largest gain of all, without the gap, without each family."
+    "{rule: class name}: ours, the published one, the largest gain of all, without the gap, the leads, each family."
     gains = torch.stack([torch.tensor(s['adv_share']) - torch.tensor(s['clean_share']) for s in ours['simulations']])
     best = lambda candidates: max(candidates, key=lambda c: c['score'])['class']
     families, told = dict.fromkeys(c['family'] for c in ours['candidates']), ours['candidates']
     named = {'ours': ours['target'], 'published': paper['target'],
              'largest gain': ours['classes'][gains.amax(0).argmax()],
-             'without gap': best([c | dict(score=c['score'] - c['gap']) for c in told])}
+             'without gap': best([c | dict(score=c['score'] - c['gap']) for c in told]),
+             'without leads': best([c | dict(score=c['score'] - c['lead']) for c in told])}
     return named | {f'without {f}': best([c for c in told if c['family'] != f]) for f in families if len(families) > 1}
 
 def _identification(data):
