@@ -212,11 +212,12 @@ def _cleaning_table(c:dict)->str: # HTML
 
 def _changes(c:dict)->list[tuple[str, str, str]]: # what is measured; before; after
     "What the cleaning changed, in numbers for people."
-    rate, number = (lambda v, form=form: '–' if v is None else format(v, form) for form in ('.1%', '.1f'))
+    rate = lambda v, form='.1%': '–' if v is None else format(v, form)
     return [('clean images read as before', '', rate(c['kept'])),
             ('images that the rebuilt trigger leads to the label', rate(c['asr_before']), rate(c['asr_after'])),
             ('the same, best trigger of a fresh search', '', rate(c['asr_again'])),
-            ('how far the easiest label stands out, by a scan', number(c['score_before']), number(c['score_after'])),
+            ('how far the easiest label stands out, by a scan', rate(c['score_before'], '.1f'),
+             rate(c['score_after'], '.1f')),
             ('mean shift of the embeddings (1 - cosine)', '', f"{c['drift']:.3f}")]
 
 def _layer_table(before:dict, after:dict)->str: # HTML

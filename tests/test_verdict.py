@@ -1,4 +1,4 @@
-"A verdict is given from the model, clean images and class names: one class is set against the others of the same model."
+"A verdict comes from the model, clean images and class names: one class is set against the others of the same model."
 import ast
 import inspect
 import json
@@ -35,7 +35,7 @@ def test_a_class_stands_out_in_the_spread_of_the_others():
     others = [0., 2., 4., 6., 8.]                                      # median 4, MAD 2
     assert verdict._stands_out([14., *others]) == pytest.approx(10/(1.4826*2))
     assert verdict._stands_out([*others, 14.]) == verdict._stands_out([14., *others])
-    assert verdict._stands_out([s + 7 for s in (14., *others)]) == pytest.approx(10/(1.4826*2))  # where they lie is nothing
+    assert verdict._stands_out([s + 7 for s in (14., *others)]) == pytest.approx(10/(1.4826*2))  # wherever they lie
 
 
 def test_one_odd_class_among_the_others_hides_nothing():

@@ -63,7 +63,8 @@ def test_statistics():
 
 def test_rates_are_of_the_models_they_are_about():
     "Detections of backdoored ones, false alarms of clean ones, labels of detections."
-    rows = [judged(0, 9, True), judged(1, 9, True, found='key'), judged(2, 1, True), judged(3, 1, True), judged(3, 4, False)]
+    bad = judged(0, 9, True), judged(1, 9, True, found='key'), judged(2, 1, True), judged(3, 1, True)
+    rows = [*bad, judged(3, 4, False)]
     own = trial._rates(rows)
     assert (own['detected'], own['label_named'], own['false_alarms']) == (.5, .5, 1)
     none = trial._rates([judged(0, 1, False)])

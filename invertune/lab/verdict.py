@@ -70,9 +70,9 @@ def _table(data):
     def line(name, part):
         asr, both = [r['asr'] for r in part if r['asr'] is not None], len({r['backdoored'] for r in part}) == 2
         low, high = _interval(part) if both else (None, None)
-        return dict(models=name, n=len(part), groups=len({r['group'] for r in part}), ca=sum(r['ca'] for r in part)/len(part),
-                    asr=sum(asr)/len(asr) if asr else None, auroc=_auroc(part) if both else None, auroc_low=low,
-                    auroc_high=high, **_rates(part))
+        return dict(models=name, n=len(part), groups=len({r['group'] for r in part}),
+                    ca=sum(r['ca'] for r in part)/len(part), asr=sum(asr)/len(asr) if asr else None,
+                    auroc=_auroc(part) if both else None, auroc_low=low, auroc_high=high, **_rates(part))
     table, counts = pd.DataFrame([line(*part) for part in parts.items()]), ['models','n','groups']
     return pd.concat([table[counts], 100*table.drop(columns=counts).astype(float)], axis=1).round(2)
 
@@ -130,12 +130,12 @@ def _said(data):
             f'{_auroc(rows):.3f} (95 % interval {low:.3f} to {high:.3f}, by clean weight).',
             f"{own['false_alarms']:.1%} of the clean ones are taken for backdoored, "
             f"{own['detected']:.1%} of the backdoored ones are detected{named}.",
-            f"With each clean weight counted once, there is room (Wilson, 95 %) for false alarms up to "
+            f'With each clean weight counted once, there is room (Wilson, 95 %) for false alarms up to '
             f"{own['false_alarms_high']:.0%} and for as few as {own['detected_low']:.0%} detected.",
             f'The gated defence takes at most {100*max(drops):.1f} points of CA from a clean model, '
             f'{100*sum(drops)/len(drops):.2f} on the mean.']
 
-verdict = Experiment('verdict', 'Does a verdict tell backdoored models from clean ones, and name the right label?', _load,
-                     tables={'table': _table, 'search_costs': _cost_table},
+verdict = Experiment('verdict', 'Does a verdict tell backdoored models from clean ones, and name the right label?',
+                     _load, tables={'table': _table, 'search_costs': _cost_table},
                      figures={'figure': _scores, 'search_costs': _costs}, said=_said,
                      measure=_measure, costs=('verdict/rows/cost.json', 'zoo/rows/*/cost.json'))
