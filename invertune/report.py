@@ -35,6 +35,12 @@ def _prediction_shares(
             for i in rank.topk(min(most, len(rank))).indices.tolist()]
 
 # %% ../nbs/method/19_report.ipynb #19000007
+def _drawn_anew(trigger, side, gen):
+    "Another member of a trigger's family; a pattern stays in its place."
+    if trigger.kind not in ('mask','coarse'): return random_perturbation(trigger.meta['family'], side, gen)
+    noise = {k: torch.rand(trigger.tensors[k].shape, generator=gen) for k in FREE_TENSORS[trigger.kind]}
+    return Trigger(trigger.kind, trigger.tensors | noise, **trigger.meta)
+
 def _controls(
     case:Case, # the model under test
     target:int, # number of the class that the verdict names
@@ -43,12 +49,9 @@ def _controls(
     steps:int=15, # sign steps of each
 )->list[dict]: # class, target (bool), asr: fraction of images led there
     "How far the same effort leads towards the named label and towards others."
-    free,lo,hi = FREE_TENSORS[trigger.kind]
     gen = torch.Generator().manual_seed(case.seed)
     others = [i for i in torch.randperm(len(case.classes), generator=gen).tolist() if i != target][:n]
-    noise = lo + (hi-lo) * torch.rand(trigger.tensors[free].shape, generator=gen)
-    start = Trigger(trigger.kind, trigger.tensors | {free: noise}, **trigger.meta)
-    rows = []
+    start, rows = _drawn_anew(trigger, case.images.shape[-1], gen), []
     for c in [target, *others]:
         made = universal_perturbation(case.clip, case.fit, start, target_loss(case.head, c), steps, 32, seed=case.seed)
         rows.append({'class': case.classes[c], 'target': c == target, 'asr': inverted_asr(case, c, made)})
