@@ -30,7 +30,7 @@ from .model import *
 from .report import Report, _check_folder, _controls, _facts, _model_card, _prediction_shares, _samples, _whole_folder
 from .runtime import InvertuneError, atomic_path, check_choice, fill, pick_device, save_json, set_threads
 from .triggers import *
-from .verdict import Verdict, load_calibration, scan
+from .verdict import Verdict, scan
 
 # %% ../nbs/method/20_command.ipynb #20000005
 @contextmanager
@@ -156,10 +156,10 @@ class _Line:
 
 # %% ../nbs/method/20_command.ipynb #2000000b
 _BUDGETS = dict(
-    quick=dict(images=200, families=('columns','blend','warp','patch of 28'), invert=dict(keep=2, steps=16), controls=2,
-               again=False),
-    normal=dict(images=500, families=None, invert={}, controls=4, again=True),
-    thorough=dict(images=2000, families=None, invert={}, controls=8, again=True))
+    quick=dict(images=200, identify=dict(families=('field','patch','flow','place')), invert=dict(keep=2, steps=16),
+               controls=2, again=False),
+    normal=dict(images=500, identify={}, invert={}, controls=4, again=True),
+    thorough=dict(images=2000, identify=dict(least=16), invert={}, controls=8, again=True))
 
 @dataclass
 class _Task:
@@ -168,8 +168,6 @@ class _Task:
     clip:Clip # the model under test
     defender:Defender # what is searched and tuned on
     budget:dict # one of `_BUDGETS`
-    calibration:dict # of the verdict
-    force:bool # judge a model of another size than the calibration's
     seed:int # of everything
     notes:list # what a reader should know
     settings:dict # for the report
@@ -180,28 +178,16 @@ class _Task:
         "The settings, with the minutes that it took."
         return self.settings | dict(minutes=round((time.monotonic() - self.began) / 60, 2))
 
-def _budgeted(calibration:dict|None, budget:dict)->dict: # a calibration
-    "The calibration, with the families that a budget allows."
-    c = load_calibration() if calibration is None else calibration
-    return c if budget['families'] is None else c | dict(search=dict(families=budget['families']) | c['search'])
-
 def _blind_spots(task:_Task)->list[str]:
     "What this run did not look at."
-    few = task.budget['families']
-    said = [f"Most of what is usually tried: this budget has {len(few)} families ({', '.join(few)})."] if few else []
-    size = task.calibration['side']
-    if not is_resnet(task.clip) and not hasattr(task.clip.model.visual, 'transformer'):
-        said.append('What is usual for this kind of image tower: the verdict knows ResNets and ViTs of CLIP, and takes it '
-                    'for a ViT.')
-    if task.clip.image_size == size: return said
-    return [*said, f'What is usual for models of {task.clip.image_size} pixels: the verdict was calibrated at {size}, so it '
-                   'is a guess.']
+    few = task.budget['identify'].get('families')
+    return [f"Most of what is usually tried: this budget has {len(few)} families ({', '.join(few)})."] if few else []
 
 # %% ../nbs/method/20_command.ipynb #2000000c
 def _task(
     model:object, images:object, # as in `scan_model`, and so on
     names:dict, # classes, dataset, templates
-    tokenizer:Callable|None, opening:dict|None, budget:str, seed:int, calibration:dict|None, force:bool,
+    tokenizer:Callable|None, opening:dict|None, budget:str, seed:int,
 )->_Task:
     "Open the model and read the images."
     b = _BUDGETS[check_choice('budget', budget, _BUDGETS)]
@@ -211,8 +197,7 @@ def _task(
     defender, notes = make_defender(images, clip, limit=b['images'], seed=seed, **names)
     settings = dict(images=len(defender.images), names=len(defender.classes), budget=budget, seed=seed)
     settings |= dict(device=str(clip.device))
-    return _Task(_called(model), clip, defender, b, _budgeted(calibration, b), force, seed, [*_doubts(clip), *notes],
-                 settings, _as_read(clip))
+    return _Task(_called(model), clip, defender, b, seed, [*_doubts(clip), *notes], settings, _as_read(clip))
 
 def _called(model:object)->str: # for the report
     "A file by its name, for its folder is nobody's business; a tag or an id of the hub in full."
@@ -231,7 +216,7 @@ def _judged(
         task.notes += _check_reading(case)
     task.notes += dict.fromkeys(str(w.message) for w in said if str(w.message).startswith('the prompt '))
     _say('search for a backdoor')
-    return case, scan(task.clip, task.defender, task.seed, task.calibration, task.force)
+    return case, scan(task.clip, task.defender, task.seed, **task.budget['identify'])
 
 def _scan(
     task:_Task, # what to judge
@@ -260,13 +245,11 @@ def scan_model(
     opening:dict|None=None, # of a checkpoint: name, quick_gelu, mean, std, base, as `open_checkpoint` takes them
     budget:str='normal', # 'quick', 'normal' or 'thorough'
     seed:int=0, # of everything that is drawn
-    calibration:dict|None=None, # of the verdict; None: the one that comes with the package
-    force:bool=False, # True: judge a model of another size than the calibration's; the answer is a guess
 )->Report: # draws itself, has `backdoored` and `target`
     "Is there a backdoor in this model?"
     names = dict(classes=classes, dataset=dataset, templates=templates)
     with _callers_state():
-        return _scan(_task(model, images, names, tokenizer, opening, budget, seed, calibration, force))
+        return _scan(_task(model, images, names, tokenizer, opening, budget, seed))
 
 # %% ../nbs/method/20_command.ipynb #20000012
 def _kept_apart(
@@ -305,11 +288,11 @@ def _fresh_search(
     task:_Task, # what was cleaned
     tuned:Clip, # how it came out
     target:int, # the label that the backdoor led to
-)->dict: # probability_after, named_after: of a new scan; asr_again: of the best trigger; controls_after
+)->dict: # score_after, named_after: of a new scan; asr_again: of the best trigger; controls_after
     "Whether anything is left: a new scan, a new search, and as much effort towards other labels."
     _say('search the cleaned model')
-    verdict = scan(tuned, task.defender, task.seed, task.calibration, task.force)
-    said = dict(probability_after=verdict.probability, named_after=verdict.target)
+    verdict = scan(tuned, task.defender, task.seed, **task.budget['identify'])
+    said = dict(score_after=verdict.score, named_after=verdict.target)
     if not task.budget['again']: return said | dict(asr_again=None, controls_after=[])
     case = Case(tuned, task.defender, task.seed)
     bank = invert(case, target, seed=task.seed + 1, **task.budget['invert'])
@@ -329,7 +312,7 @@ def _judge_removal(
 # %% ../nbs/method/20_command.ipynb #20000013
 def _clean(
     task:_Task, # what to clean
-    params:dict, # of the defense
+    params:dict, # of the defense: invert, tune
 )->tuple[Clip, Report]:
     "Scan, tune where there is something to remove, and verify."
     task.defender, held = _kept_apart(task.defender, task.seed)
@@ -338,10 +321,9 @@ def _clean(
     tuned = copy.deepcopy(task.clip).eval()
     if verdict.backdoored:
         _say('remove it')
-        tuned, found = defend('invertune', task.clip, task.defender, task.seed, **params)
-        bank, target = found['bank'], case.index(found['target'])
-        if found['target'] != verdict.target: task.notes.append(
-            f"the verdict names '{verdict.target}', the identification '{found['target']}': the latter was removed")
+        known = dict(identify=verdict.identification)
+        tuned, found = defend('invertune', task.clip, task.defender, task.seed, **known, **params)
+        bank, target = found['bank'], case.index(verdict.target)
         rows = _controls(case, target, bank[0], task.budget['controls']) if len(bank) else []
         samples = _samples(case, bank[0]) if len(bank) else []
         told = _told(task, case, tuned, held, found, target)
@@ -350,7 +332,7 @@ def _clean(
     facts = _facts(verdict, task.name, task.opened, shares, task.settled(), task.notes, blind, bank, rows, told)
     return tuned, Report(facts, samples, verdict, bank)
 
-_UNTOUCHED = dict(probability_after=None, named_after=None, asr_again=None, controls_after=[], works_after=False,
+_UNTOUCHED = dict(score_after=None, named_after=None, asr_again=None, controls_after=[], works_after=False,
                   removed=True, failed=None, layers={}, layers_after={})
 
 def _told(task, case, tuned, held, found, target)->dict: # for a report
@@ -372,14 +354,13 @@ def clean_model(
     opening:dict|None=None, # as in `scan_model`
     budget:str='normal', # as in `scan_model`
     seed:int=0, # of everything that is drawn
-    calibration:dict|None=None, # as in `scan_model`
-    force:bool=False, # as in `scan_model`
-    **params, # of the defense `invertune`
+    invert:dict={}, # parameters of step 2, which rebuilds the trigger
+    tune:dict={}, # parameters of step 3, which removes it
 )->tuple[Clip, Report]: # a model in eval mode, the same as before where nothing was found; before and after
     "Remove a backdoor, where there is one."
     names = dict(classes=classes, dataset=dataset, templates=templates)
     with _callers_state():
-        return _clean(_task(model, images, names, tokenizer, opening, budget, seed, calibration, force), params)
+        return _clean(_task(model, images, names, tokenizer, opening, budget, seed), dict(invert=invert, tune=tune))
 
 # %% ../nbs/method/20_command.ipynb #20000016
 _DRAWN = dict( # of each attack that needs no model: (side, seed) -> its trigger, at sizes that show
@@ -574,8 +555,6 @@ def _add_model_options(p:argparse.ArgumentParser)->None:
     p.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (auto)')
     p.add_argument('--budget', choices=_BUDGETS, default='normal', help='how much work (normal)')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of everything that is drawn (0)')
-    p.add_argument('--calibration', metavar='FILE', help='of the verdict, instead of the package\'s own')
-    p.add_argument('--force', action='store_true', help="judge a model of another size than the calibration's: a guess")
     p.add_argument('--json', action='store_true', help='print report.json instead of sentences')
 
 def _parser()->argparse.ArgumentParser:
@@ -629,9 +608,8 @@ def _model_arguments(a:argparse.Namespace)->dict: # of `scan_model`
     if not 0 <= a.seed < 2**32: raise _Usage(f'a seed of {a.seed} is none: 0 to {2**32 - 1}')
     if a.device != 'auto': os.environ['INVERTUNE_DEVICE'] = a.device
     pick_device(); set_threads()
-    calibration = load_calibration(a.calibration) if a.calibration else None
     return dict(model=a.model, images=a.images, classes=a.classes, dataset=a.dataset, templates=a.template,
-                opening=_opening(a), budget=a.budget, seed=a.seed, calibration=calibration, force=a.force)
+                opening=_opening(a), budget=a.budget, seed=a.seed)
 
 def _opening(a:argparse.Namespace)->dict: # for `open_checkpoint`
     "What is said about the checkpoint."

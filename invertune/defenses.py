@@ -178,13 +178,13 @@ def invertune_paper_given(
 @register_defense('invertune')
 def invertune(
     case:Case, # the model under test, seen with the defender's images
-    identify:dict={}, # parameters of `identify`
+    identify:dict|step1.Identification={}, # parameters of `identify`, or what it has found already
     invert:dict={}, # of `invert`
     tune:dict={}, # of `tune`
 )->tuple[Clip, dict]: # see `defend`
     "Our InverTune."
     seed = dict(seed=case.seed)
-    found = step1.identify(case, **seed | identify)
+    found = identify if isinstance(identify, step1.Identification) else step1.identify(case, **seed | identify)
     bank = step2.invert(case, found.target, **seed | invert)
     tuned,report = _tuned(case, found.target, bank, step3.tune, tune)
     return tuned,report | dict(identification=found.to_dict())

@@ -7,7 +7,6 @@ __all__ = ['Report']
 
 # %% ../nbs/method/19_report.ipynb #19000002
 import base64, html, io, os, platform, shutil, torch
-import numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +35,12 @@ def _prediction_shares(
             for i in rank.topk(min(most, len(rank))).indices.tolist()]
 
 # %% ../nbs/method/19_report.ipynb #19000007
+def _drawn_anew(trigger, side, gen):
+    "Another member of a trigger's family; a pattern stays in its place."
+    if trigger.kind not in ('mask','coarse'): return random_perturbation(trigger.meta['family'], side, gen)
+    noise = {k: torch.rand(trigger.tensors[k].shape, generator=gen) for k in FREE_TENSORS[trigger.kind]}
+    return Trigger(trigger.kind, trigger.tensors | noise, **trigger.meta)
+
 def _controls(
     case:Case, # the model under test
     target:int, # number of the class that the verdict names
@@ -44,12 +49,9 @@ def _controls(
     steps:int=15, # sign steps of each
 )->list[dict]: # class, target (bool), asr: fraction of images led there
     "How far the same effort leads towards the named label and towards others."
-    free,lo,hi = FREE_TENSORS[trigger.kind]
     gen = torch.Generator().manual_seed(case.seed)
     others = [i for i in torch.randperm(len(case.classes), generator=gen).tolist() if i != target][:n]
-    noise = lo + (hi-lo) * torch.rand(trigger.tensors[free].shape, generator=gen)
-    start = Trigger(trigger.kind, trigger.tensors | {free: noise}, **trigger.meta)
-    rows = []
+    start, rows = _drawn_anew(trigger, case.images.shape[-1], gen), []
     for c in [target, *others]:
         made = universal_perturbation(case.clip, case.fit, start, target_loss(case.head, c), steps, 32, seed=case.seed)
         rows.append({'class': case.classes[c], 'target': c == target, 'asr': inverted_asr(case, c, made)})
@@ -90,21 +92,22 @@ _BLIND = ('Triggers that need more than one change of the image at once, that de
           'are unlike all families that were tried.', 'Labels that are not among the class names.',
           'The text encoder: what certain words set off is not searched for.')
 
-def _how_sure(p:float)->str: # of a backdoor, in [0,1]
-    "A probability in words."
-    sure = max(p, 1-p)
-    word = 'nearly certain' if sure > .97 else 'likely' if sure > .8 else 'far from certain'
-    far = 'over ' if p > .99 else 'under ' if p < .01 else ''
-    return f'This is {word}: the probability of a backdoor is {far}{min(.99, max(.01, p)):.0%}.'
+def _how_sure(
+    verdict, # a `Verdict`
+)->str: # a sentence
+    "The score in words."
+    far = verdict.score / verdict.threshold
+    word = 'clear' if far > 2 or far < .5 else 'likely' if far > 1.25 or far < .8 else 'close to the limit'
+    return (f'This is {word}: the label that is easiest to reach stands out from the others by {verdict.score:.1f} of '
+            f'their deviations, and {verdict.threshold} is the limit.')
 
 def _basis(
     verdict, # a `Verdict`
 )->str: # a sentence
     "What the answer rests on."
-    best = max((e for e in verdict.evidence if e['family'] == verdict.family), key=lambda e: e['alike'])
-    to, share = verdict.classes[int(np.argmax(best['shares']))], max(best['shares'])
-    return (f'Of {len(verdict.evidence)} perturbations, the most telling one ({verdict.family}) makes all images alike by '
-            f"{best['alike']:.2f} of 1; {share:.0%} of them are then read as '{to}'.")
+    found = verdict.identification
+    return (f"Of {len(found.candidates)} labels to which the same short search was made, some of them drawn at random, "
+            f"'{found.name}' is the easiest to reach, most of all by a change of the family '{found.family}'.")
 
 def _headline(facts:dict)->str: # the answer
     "The first sentence of a report."
@@ -188,12 +191,13 @@ def _control_table(rows:list)->str: # HTML
     return _table(['label', '', 'images led there'],
                   [[name(r), ('b', _bar(r['asr'], not r['target'])), ('n', f"{r['asr']:.0%}")] for r in rows])
 
-def _evidence_table(rows:list, classes:list)->str: # HTML
-    "What was tried, from `gather_evidence`."
-    to = lambda e: _text(classes[int(np.argmax(e['shares']))])
-    return _table(['tried', 'images alike', '', 'sent to', 'share'],
-                  [[_text(e['family']), ('b', _bar(e['alike'])), ('n', f"{e['alike']:.2f}"), to(e),
-                    ('n', f"{max(e['shares']):.0%}")] for e in rows])
+def _evidence_table(rows:list)->str: # HTML
+    "The labels that were asked, from `Identification.to_dict`; the easiest first."
+    rows = sorted(rows, key=lambda r: -r['score'])
+    most = max(rows[0]['score'], 1)
+    return _table(['label', '', 'score', 'easiest by', 'gap'],
+                  [[_text(r['class']), ('b', _bar(r['score']/most)), ('n', f"{r['score']:.1f}"), _text(r['family']),
+                    ('n', f"{r['gap']:.1f}")] for r in rows])
 
 def _opened_table(rows:list)->str: # HTML
     "How the model is computed, and who says so."
@@ -211,11 +215,12 @@ def _cleaning_table(c:dict)->str: # HTML
 
 def _changes(c:dict)->list[tuple[str, str, str]]: # what is measured; before; after
     "What the cleaning changed, in numbers for people."
-    rate = lambda v: '–' if v is None else f'{v:.1%}'
+    rate = lambda v, form='.1%': '–' if v is None else format(v, form)
     return [('clean images read as before', '', rate(c['kept'])),
             ('images that the rebuilt trigger leads to the label', rate(c['asr_before']), rate(c['asr_after'])),
             ('the same, best trigger of a fresh search', '', rate(c['asr_again'])),
-            ('probability of a backdoor, by a scan', rate(c['probability_before']), rate(c['probability_after'])),
+            ('how far the easiest label stands out, by a scan', rate(c['score_before'], '.1f'),
+             rate(c['score_after'], '.1f')),
             ('mean shift of the embeddings (1 - cosine)', '', f"{c['drift']:.3f}")]
 
 def _layer_table(before:dict, after:dict)->str: # HTML
@@ -249,8 +254,9 @@ def _sections(
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])
-    yield ('What was tried', 'Perturbations that drive all images to one point, judged on other images.',
-           _evidence_table(facts['evidence'], facts['classes']))
+    yield ('What was asked', 'How much easier each label is reached than the median of these, by a short search of the same '
+           'effort; its gap, how far its text lies from its images, is counted in. Both in nats.',
+           _evidence_table(facts['evidence']))
 
 def _list(items:list)->str: return f'<ul>{"".join(f"<li>{_text(i)}</li>" for i in items)}</ul>'
 
@@ -365,11 +371,12 @@ def _facts(
     cleaning:dict|None=None, # see `_cleaning_table`
 )->dict: # JSON-able
     "What a report holds."
-    named = {k: getattr(verdict, k) for k in ('backdoored','target','probability','score','family','features')}
-    if cleaning: cleaning = cleaning | dict(probability_before=verdict.probability)
+    named = verdict.to_dict()
+    asked = named.pop('identification')['candidates']
+    if cleaning: cleaning = cleaning | dict(score_before=verdict.score)
     rebuilt = [dict(family=f, inverted_asr=a) for f,a in zip(bank.families, bank.asr)] if bank else []
-    made = dict(verdict=named, model=model, opened=opened, sure=_how_sure(verdict.probability), basis=_basis(verdict), shares=shares,
-                controls=list(controls), rebuilt=rebuilt, cleaning=cleaning, evidence=verdict.evidence, classes=verdict.classes,
+    made = dict(verdict=named, model=model, opened=opened, sure=_how_sure(verdict), basis=_basis(verdict), shares=shares,
+                controls=list(controls), rebuilt=rebuilt, cleaning=cleaning, evidence=asked, classes=verdict.classes,
                 notes=list(notes), not_looked_at=[*blind, *_BLIND], settings=settings, versions=_versions())
     return dict(headline=_headline(made)) | made
 

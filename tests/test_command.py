@@ -9,24 +9,27 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import verdict_of
 
 import invertune
+import invertune.identify as step1
 import invertune.compat  # before open_clip
 import open_clip
-from invertune import command as module
+from invertune import command as module, verdict
 from invertune.checkpoint import _tiny_model, open_checkpoint
 from invertune.command import clean_model, run_command, scan_model
+from invertune.identify import identify
 from invertune.lab.profiles import ROOT
 from invertune.model import save_clip, tiny_clip
 from invertune.report import Report, _facts
 from invertune.runtime import InvertuneError
 from invertune.triggers import load_trigger
-from invertune.verdict import Verdict
 
 
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
@@ -85,7 +88,6 @@ def place(small, tmp_path_factory):
     for m in broken.modules():
         if isinstance(m, torch.nn.BatchNorm2d): m.running_var.neg_()
     save_clip(broken, root/'negative.safetensors')
-    (root/'calibration.json').write_text('[]')
     pairs = [('images/000.png', 'a sun'), ('images/001.png', 'a, key'), ('images/002.png', 'an anchor')]
     with open(root/'pairs.csv', 'w', newline='') as f: csv.writer(f).writerows([('filepath', 'title'), *pairs])
     (root/'gone.csv').write_text('filepath,title\nnowhere.png,a sun\n')
@@ -140,8 +142,7 @@ HOSTILE = [  # command, exit code, part of the sentence
     (changed(SCAN, classes='images/000.png'), 1, 'cannot be read'), (changed(SCAN, dataset='cifar10'), 1, 'not both'),
     (changed(SCAN, template='a photo'), 1, "has 0 places"), (changed(SCAN, template='{} {}'), 1, 'has 2 places'),
     (changed(SCAN, template=''), 1, 'non-empty'), (changed(SCAN, device='tpu9'), 1, 'does not have'),
-    (changed(SCAN, calibration='nowhere.json'), 1, 'is missing'), (changed(SCAN, calibration='names.txt'), 1, 'damaged'),
-    (changed(SCAN, calibration='calibration.json'), 1, 'no calibration'),
+    (changed(SCAN, calibration='nowhere.json'), 2, 'unrecognized'), ([*SCAN, '--force'], 2, 'unrecognized'),
     (changed(SCAN, out='thesis'), 1, 'holds other things'), (changed(SCAN, out='names.txt'), 1, 'is a file'),
     (changed(SCAN, out='names.txt/r'), 1, 'nothing can be written'), (changed(SCAN, out='images'), 1, 'holds other things'),
     (changed(CLEAN, out='bad.safetensors'), 2, 'is the model itself'), (changed(CLEAN, out='./images/../bad.safetensors'), 2, 'itself'),
@@ -189,8 +190,7 @@ def test_a_place_where_nothing_can_be_written(place, capfd, monkeypatch):
 def stub(monkeypatch, small):
     "A search that takes no time: what the shell does with a verdict is looked at apart from the verdict."
     def answer(backdoored):
-        evidence = [dict(family='warp', alike=.9, shares=[.5]*6, gap=0.)]
-        verdict = Verdict(backdoored, .9 if backdoored else .1, 'sun' if backdoored else None, 'warp', 1., {}, evidence, small.classes)
+        verdict = verdict_of(small.classes, [9. if backdoored else 1., 0., .5, -.5, 0., 0.])
         facts = _facts(verdict, 'a model', [], [{'class': 'sun', 'clean': 1., 'triggered': None}], dict(seed=0))
         monkeypatch.setattr(module, '_scan', lambda task: Report(facts, [], verdict))
     return answer
@@ -223,7 +223,7 @@ def test_whatever_happens_there_is_a_sentence(place, tmp_path, capfd, monkeypatc
 
 
 def test_the_poisoned_and_the_clean_model(place, tmp_path, capfd, monkeypatch):
-    "Files and a folder in; 3 and 0 out, by the calibration of the package."
+    "Files and a folder in; 3 and 0 out."
     monkeypatch.chdir(place)
     assert run_command([*SCAN, '--out', str(tmp_path/'bad')]) == 3
     said = capfd.readouterr()
@@ -261,7 +261,7 @@ def test_clean_by_the_command(place, small, tmp_path, capfd, monkeypatch):
 def test_an_architecture_without_a_name_goes_into_a_folder(small, tmp_path):
     "Or into a file that invertune alone opens, which is what the line says."
     cleaned = dict(works_after=False, removed=True, failed=None, kept=1., drift=0.) | dict.fromkeys(
-        'asr_before asr_after asr_again probability_before probability_after'.split())
+        'asr_before asr_after asr_again score_before score_after'.split())
     facts = dict(model='m.pt', versions=dict(invertune='1'), headline='Clean.', cleaning=cleaned, not_looked_at=['<b>'])
     line = module._save_cleaned(small.bad, facts, tmp_path/'out')
     assert sorted(os.listdir(tmp_path/'out')) == ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors']
@@ -300,11 +300,21 @@ def test_what_is_said_about_a_checkpoint_is_used_and_shown(place, tmp_path, capf
     with says('as it is: leave opening'): scan_model(small.bad, small.defender, opening=dict(name='RN50'))
 
 
-def test_a_name_that_is_cut_is_told(small, recwarn):
+@pytest.fixture
+def short(monkeypatch):
+    "A search that takes little time, and a limit that decides what it finds."
+    def limit(threshold):
+        budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2))
+        monkeypatch.setitem(module._BUDGETS, 'quick', budget)
+        monkeypatch.setattr(module, 'scan', lambda *args, **kw: replace(verdict.scan(*args, **kw), threshold=threshold))
+    return limit
+
+
+def test_a_name_that_is_cut_is_told(small, recwarn, short):
     "What the library warns of is part of the answer, and no line on stderr."
     names = [*small.classes[:-1], f"{small.classes[-1]} {'on a very long line ' * 3}"]
-    never = module.load_calibration() | dict(bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
-    report = scan_model(small.bad, small.defender.images, names, templates=['a {}'], budget='quick', calibration=never)
+    short(99.)
+    report = scan_model(small.bad, small.defender.images, names, templates=['a {}'], budget='quick')
     assert sum('its end is lost' in n for n in report.facts['notes']) == 1 and not any('the prompt' in str(w.message) for w in recwarn)
 
 
@@ -315,12 +325,12 @@ def test_what_is_called_removed():
         assert told == dict(works_after=(after or 0) > .1, removed=removed)
 
 
-def test_an_innocent_model_is_left_alone(small, tmp_path, monkeypatch):
+def test_an_innocent_model_is_left_alone(small, short):
     "Bit by bit; and the seeds, flags and modes of the caller as well."
-    never = module.load_calibration() | dict(bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
+    short(99.)
     small.clip.train(); torch.manual_seed(5); random.seed(5); np.random.seed(5)
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    left, report = clean_model(small.clip, small.defender, budget='quick', calibration=never)
+    left, report = clean_model(small.clip, small.defender, budget='quick')
     assert not report.backdoored and report.facts['cleaning']['kept'] == 1 and report.facts['headline'].endswith('left as it is.')
     assert all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), small.clip.state_dict().values()))
     assert small.clip.training and not torch.are_deterministic_algorithms_enabled()
@@ -328,23 +338,23 @@ def test_an_innocent_model_is_left_alone(small, tmp_path, monkeypatch):
     assert torch.equal(state[0], torch.get_rng_state()) and state[1:] == (random.getstate(), np.random.get_state()[1].tolist())
 
 
-def test_a_loaded_model_of_open_clip(small):
+def test_a_loaded_model_of_open_clip(small, short):
     "With its tokenizer and a tensor; what is no model is refused."
-    quick = module.load_calibration() | dict(bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
+    short(99.)
     report = invertune.scan(small.bad.model, small.defender.images, small.classes, templates=['a {}'],
-                            tokenizer=small.bad.tokenizer, budget='quick', calibration=quick)
+                            tokenizer=small.bad.tokenizer, budget='quick')
     assert isinstance(report, Report) and not report.backdoored and report.facts['model'] == 'CLIP'
     with says('is no model'): scan_model(7, small.defender)
     with says('is no model'): scan_model(torch.nn.Linear(2, 2), small.defender)
     with says("Unknown budget 'big'"): scan_model(small.bad, small.defender, budget='big')
 
 
-def test_a_model_of_another_size_is_a_guess(small):
-    "Refused; with `force` said to be one."
-    away = module.load_calibration() | dict(side=224, bias=-99., search=dict(steps=1, bs=8, families=('blend',)))
-    with says('made with models for images of 224'): scan_model(small.bad, small.defender, calibration=away)
-    report = scan_model(small.bad, small.defender, calibration=away, force=True)
-    assert any('so it is a guess' in s for s in report.facts['not_looked_at'])
+def test_a_budget_says_what_it_did_not_look_at(small, short):
+    short(99.)
+    report = scan_model(small.bad, small.defender, budget='quick')
+    assert report.facts['not_looked_at'][0].endswith('this budget has 2 families (patch, flow).')
+    assert {k: b['identify'].get('families', 'all') == 'all' for k, b in module._BUDGETS.items()} == dict(
+        quick=False, normal=True, thorough=True)
 
 
 def test_names_of_the_package_are_lazy():
@@ -422,16 +432,23 @@ def test_a_poisoned_webdataset(place, tmp_path):
     assert sum(files[f'x/{i}.png'] == picture for i in range(10)) == 8
 
 
-def test_all_parts_of_a_report_by_a_short_search(small, monkeypatch):
+def test_all_parts_of_a_report_by_a_short_search(small, short, monkeypatch):
     "Of a model that is called backdoored whatever was found: trigger, samples, controls, layers, before and after."
-    short = dict(keep=1, steps=2, trial=1, families=('blend',), stride=56)
-    monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=short, again=True))
-    always = module.load_calibration() | dict(bias=99., search=dict(steps=1, bs=8, families=('patch of 49',)))
-    report = scan_model(small.bad, small.defender, budget='quick', calibration=always)
+    short(-1.)
+    step2 = dict(keep=1, draws=4, steps=2, families=('patch',), stride=56)
+    monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=step2, again=True))
+    asked = []
+    def count(*args, **kw): asked.append(args); return identify(*args, **kw)
+    monkeypatch.setattr(verdict, 'identify', count)
+    monkeypatch.setattr(step1, 'identify', count)
+    report = scan_model(small.bad, small.defender, budget='quick')
     assert report.backdoored and len(report.samples) == 6 and len(report.facts['controls']) == 3 and len(report.bank)
-    params = dict(identify=dict(families=('blend',), steps=1), invert=short | dict(gate=0.), tune=dict(steps=2, rounds=1))
-    cleaned, report = clean_model(small.bad, small.defender, budget='quick', calibration=always, **params)
+    asked.clear()
+    params = dict(invert=step2 | dict(gate=0.), tune=dict(steps=2))
+    cleaned, report = clean_model(small.bad, small.defender, budget='quick', **params)
     c = report.facts['cleaning']
+    assert len(asked) == 2                             # before and after; what was identified is what is removed
+    assert c['controls_after'][0]['class'] == report.target == report.verdict.identification.name
     assert len(c['controls_after']) == 3 and c['controls_after'][0]['target']
     assert set(c['layers']) == set(c['layers_after']) and 0 <= c['asr_again'] <= 1 and 0 <= c['asr_after'] <= c['asr_before'] + .1
     assert report.facts['headline'].startswith('This model has a backdoor towards') and not cleaned.training

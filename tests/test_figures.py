@@ -103,12 +103,11 @@ DATA = dict(
             for n in (64, 256, 1000)],
     domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k,
              s in (('none', .9), ('own', .01), ('photos', .1))],
-    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, backdoored=n == 'sig', target=None, found=None, ca=.9,
-                            asr=.9 if n == 'sig' else None)
+    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 3.5, threshold=3.5, backdoored=n == 'sig',
+                            target=None, found=None, ca=.9, asr=.9 if n == 'sig' else None)
                        for g, t in enumerate(('resnet', 'vit')) for n,
-                       s in (('clean', -2+g), ('tuned', -1.5+g), ('sig', 2-3*g))],
-                 harm=[dict(drop=0.)], calibration_auroc=1.,
-                 costs=[dict(classes=c, verdict=4., identify=9., per_class=c/2) for c in (32, 1000)]))
+                       s in (('clean', 1+g), ('tuned', 1.5+g), ('sig', 9-7*g))],
+                 harm=[dict(drop=0.)], costs=[dict(classes=c, identify=9., per_class=c/2) for c in (32, 1000)]))
 FIGURES = [(word, name) for word in EXPERIMENTS
            for name in getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures]
 

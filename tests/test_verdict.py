@@ -1,25 +1,21 @@
-"A verdict is given from the model, clean images and class names; a model without a backdoor comes out as it went in."
+"A verdict comes from the model, clean images and class names: one class is set against the others of the same model."
 import ast
 import inspect
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import verdict_of
 
 from invertune import verdict
 from invertune.defender import Case, Defender
+from invertune.identify import identify, identify_paper
 from invertune.model import tiny_clip
-from invertune.runtime import InvertuneError, save_json
-from invertune.search import text_image_gap
-from invertune.verdict import calibrate, gather_evidence, judge, load_calibration, scan
+from invertune.runtime import InvertuneError
+from invertune.verdict import judge, scan, scan_costs
 
-FAMILIES = (*verdict._WHOLE, *verdict._PATCHES)
-USUAL = {f: (.5, .1) for f in FAMILIES}
-SHORT = dict(steps=2, bs=8, families=('patch of 49', 'warp'))
-NEVER, ALWAYS = (dict(side=32, search=SHORT, usual=dict(resnet=USUAL), names=['local'], mean=[0.], scale=[1.],
-                      weights=[0.], bias=b) for b in (-1., 1.))
+SHORT = dict(families=('patch', 'flow'), least=4, draws=4, steps=2)
+TINY = dict(width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
 
 
 @pytest.fixture(scope='module')
@@ -31,116 +27,91 @@ def defender(small):
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-def row(family, alike, *shares, gap=0.): return dict(family=family, alike=alike, shares=list(shares), gap=gap)
 
 
-def test_features():
-    "The most unusual row, the class that most images end at, under patches and the rest, and its gap."
-    rows = [row('patch of 28', .99, .1, .9, gap=.05), row('patch of 49', .5, .4, .6, gap=.3),
-            row('warp', .9, .7, .3, gap=-.2)]
-    f = verdict._features(rows, USUAL)
-    assert f == pytest.approx(dict(excess=1.5/.2, local=.75, whole=.7, gap=.1*.6), abs=1e-6)  # over .1 it says no more
-    assert verdict._excess(row('warp', 1., .5, .5), USUAL) == 8  # not infinite
-    assert verdict._excess(row('warp', 0., .5, .5), USUAL) == pytest.approx(-2.5) and verdict._agreement([]) == 0
+# How far a class stands out
+
+def test_a_class_stands_out_in_the_spread_of_the_others():
+    others = [0., 2., 4., 6., 8.]                                      # median 4, MAD 2
+    assert verdict._stands_out([14., *others]) == pytest.approx(10/(1.4826*2))
+    assert verdict._stands_out([*others, 14.]) == verdict._stands_out([14., *others])
+    assert verdict._stands_out([s + 7 for s in (14., *others)]) == pytest.approx(10/(1.4826*2))  # wherever they lie
 
 
-def test_judge_names_a_target_only_with_a_backdoor():
-    evidence = [row('patch of 28', .99, .1, .9), row('blend', .5, 1., 0.)]
-    yes, no = (judge(evidence, 'resnet', ['sun', 'key'], c) for c in (ALWAYS, NEVER))
-    assert yes.backdoored and yes.target == 'key' and yes.family == 'patch of 28' and yes.probability > .5
-    assert not no.backdoored and no.target is None and no.probability < .5
-    with says('knows no clean vit'): judge(evidence, 'vit', ['sun', 'key'], ALWAYS)
+def test_one_odd_class_among_the_others_hides_nothing():
+    assert verdict._stands_out([14., 0., 2., 4., 6., 13.9]) == pytest.approx(10/(1.4826*2))
 
+
+def test_others_that_are_alike_have_the_least_spread():
+    "A tenth of a nat is no backdoor, however little the others differ."
+    assert verdict._stands_out([.1, 0., 0., 0.]) == pytest.approx(.1) and verdict._stands_out([1.]*4) == 0
+
+
+def test_a_target_is_named_only_with_a_backdoor():
+    names, scores = ['sun', 'key', 'cloud', 'heart'], [0., 9., .2, -.1]
+    yes, no = verdict_of(names, scores), verdict_of(names, [0., 2., .2, -.1])
+    assert yes.backdoored and yes.target == 'key' and yes.family == 'flow' and yes.classes == names and yes.score == 9
+    assert not no.backdoored and no.target is None and no.identification.name == 'key'
+    assert not judge(yes.identification, threshold=9.).backdoored and judge(no.identification, threshold=1.9).backdoored
+
+
+def test_too_few_to_compare(small, defender):
+    "Three classes are none, and the paper's rule asks none at all."
+    with says('3 classes were asked, too few'): verdict_of(['sun', 'key', 'cloud'], [0., 9., 0.])
+    with says('0 classes were asked'): judge(identify_paper(Case(small.bad, defender), steps=1))
+
+
+# What it says
 
 def test_a_verdict_draws_itself():
-    "A sentence in a terminal, a table in a notebook; a class name is text, whatever is in it."
-    v = judge([row('patch of 28', .99, .1, .9), row('blend', .5, 1., 0.)], 'resnet', ['sun', '<b>key'], ALWAYS)
-    assert repr(v).startswith("backdoored, towards '<b>key' (probability 0.73") and len(repr(v)) < 120
+    "A sentence in a terminal, a table in a notebook, the easiest class first; a class name is text, whatever is in it."
+    v = verdict_of(['sun', '<b>key', 'cloud', 'heart'], [.5, 9., -2., 0.])
+    assert repr(v) == "backdoored, towards '<b>key': it stands out by 9.0, and 3.5 is the limit"
+    assert repr(verdict_of(v.classes, [0., 1., 0., 0.])).startswith("no backdoor found (most likely '<b>key')")
     page = v._repr_html_()
-    assert page.count('<tr>') == 3 and '&lt;b&gt;key' in page and '<b>key' not in page and 'patch of 28' in page
+    assert page.count('<tr>') == 5 and '&lt;b&gt;key' in page and '<b>key' not in page
+    assert page.index('key</td>') < page.index('sun</td>') < page.index('heart</td>') < page.index('cloud</td>')
+    assert 'width:90px' in page and 'width:-' not in page
 
 
-def test_calibration_weighs_both_kinds_alike():
-    "Ten times as many clean models do not move the verdict to their side."
-    model = lambda alike: [row('blend', alike, .5, .5), row('patch of 28', alike, .5, .5)]
-    low, high = [model(a) for a in (.5, .6, .7)], [model(a) for a in (.97, .98, .99)]
-    c = calibrate(low*10 + high, ['vit']*33, [False]*30 + [True]*3, 32, {})
-    said = lambda a: verdict._log_odds(c, verdict._features(model(a), c['usual']['vit']))
-    assert said(.7) < 0 < said(.97)
-    with says('there is no backdoored one'): calibrate(low, ['vit']*3, [False]*3, 32, {})
-    with says('there is no clean resnet'):
-        calibrate(low + high, ['vit']*5 + ['resnet'], [False]*3 + [True]*3, 32, {})
+def test_a_verdict_that_json_can_say():
+    told = json.loads(json.dumps(verdict_of(['sun', 'key', 'cloud', 'heart'], [0., 9., .2, -.1]).to_dict()))
+    assert told.keys() == {'backdoored', 'target', 'family', 'score', 'threshold', 'identification'}
+    assert told['backdoored'] is True and [c['class'] for c in told['identification']['candidates']][1] == 'key'
 
 
-def test_the_calibration_of_the_package(tmp_path):
-    "It says what it was made with; a file that is something else is refused."
-    c = load_calibration()
-    assert c['side'] == 32 and c['search'] == dict(steps=24, bs=24) and set(c['usual']) == {'resnet', 'vit'}
-    assert all(set(u) == set(FAMILIES) for u in c['usual'].values())
-    assert c['names'] == ['excess', 'local', 'whole', 'gap']
-    defaults = {n: p.default for n, p in inspect.signature(gather_evidence).parameters.items()}
-    assert {k: defaults[k] for k in c['search']} == c['search']
-    save_json(tmp_path/'c.json', {k: v for k, v in c.items() if k != 'side'})
-    with says('is no calibration of a verdict: it lacks side'): load_calibration(tmp_path/'c.json')
-    save_json(tmp_path/'c.json', [1]); pytest.raises(InvertuneError, load_calibration, tmp_path/'c.json')
-
-
-def test_the_calibration_is_read_from_the_package(tmp_path):
-    "Wherever one stands, with nothing of the checkout beside the package."
-    code = 'from invertune.verdict import load_calibration; print(load_calibration()["side"])'
-    env = {'PYTHONPATH': inspect.getfile(verdict).removesuffix('/invertune/verdict.py')}
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == '32', done.stderr
-
-
-def test_a_calibration_that_does_not_fit_is_refused(small, defender, monkeypatch):
-    "Models of another size are not judged, unless one says that a guess will do."
-    monkeypatch.setattr(verdict, 'gather_evidence', lambda case, **kw: [row('blend', .9, 1., 0.)])
-    large = tiny_clip(image_size=64, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
-    own = Defender(**vars(defender) | dict(images=torch.nn.functional.interpolate(defender.images, 64)))
-    with says('made with models for images of 32 pixels a side, but this one takes 64'): scan(large, own)
-    with says('made with models for images of 224'): scan(small.bad, defender, calibration=NEVER | dict(side=224))
-    scan(large, own, calibration=NEVER | dict(side=64)); scan(large, own, calibration=NEVER, force=True)
-    with says('knows no clean resnet'): scan(small.bad, defender, calibration=NEVER | dict(usual=dict(vit=USUAL)))
-
+# The scan
 
 def test_scan_repeats_and_touches_nothing(small, defender):
-    "Neither a weight, nor a statistic, nor the mode that the model is in."
+    "Neither a weight, nor a statistic, nor the mode that the model is in; what it rests on is the identification."
     before = state(small.bad)
     small.bad.train()
-    try: one, two = (scan(small.bad, defender, calibration=ALWAYS) for _ in range(2))
+    try: one, two = (scan(small.bad, defender, seed=3, **SHORT) for _ in range(2))
     finally: kept = all(m.training for m in small.bad.modules()); small.bad.eval()
-    assert one == two and kept and same(state(small.bad), before)
+    assert one.to_dict() == two.to_dict() and kept and same(state(small.bad), before)
+    assert one.identification.to_dict() == identify(Case(small.bad, defender, 3), seed=3, **SHORT).to_dict()
 
 
-def test_sorted_images_are_scanned_as_well(small, defender):
-    "An ImageFolder comes class after class: what is searched on and what is judged on have all classes."
-    order = torch.tensor(sorted(range(64), key=lambda i: defender.captions[i]))
-    d = Defender(defender.images[order], [defender.captions[i] for i in order], small.classes, small.templates)
-    rows = [r for r in gather_evidence(Case(small.clip, d), steps=0, families=('blend',))]
-    assert sum(s > 0 for s in rows[0]['shares']) >= 5  # a perturbation that has not moved leaves the classes apart
+@pytest.mark.parametrize('tower, side', [('resnet', 64), ('vit', 32)])
+def test_any_size_and_tower_is_judged(defender, tower, side):
+    shape = TINY | (dict(width=4, layers=(1, 1)) if tower == 'vit' else {})
+    images = torch.nn.functional.interpolate(defender.images, side)
+    said = scan(tiny_clip(tower, image_size=side, **shape), Defender(**vars(defender) | dict(images=images)), **SHORT)
+    assert said.score >= 0 and len(said.identification.candidates) >= 4
 
 
-def test_a_model_that_is_broken_is_refused(small, defender):
+def test_a_model_that_is_broken_is_refused(defender):
     "NaN embeddings are no evidence."
-    broken = tiny_clip(image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
+    broken = tiny_clip(image_size=32, **TINY)
     for m in broken.modules():
         if isinstance(m, torch.nn.BatchNorm2d): m.running_var.neg_()
     with says('NaN'): scan(broken, defender)
 
 
-def test_the_search_asks_no_class(small, defender):
-    "What the search does is the same for any class names; only its reading differs."
-    few = Defender(defender.images, defender.captions, small.classes[:3], small.templates)
-    one, two = (gather_evidence(Case(small.bad, d), ('blend',), steps=2, bs=8)[0] for d in (defender, few))
-    assert one['alike'] == two['alike'] and len(two['shares']) == 3
-
-
-def test_evidence_tells_the_gap_of_the_class_that_is_led_to(small, defender):
-    case = Case(small.bad, defender)
-    found, gap = gather_evidence(case, **SHORT), text_image_gap(case)
-    assert len(found) == 4 and all(r['gap'] == gap[torch.tensor(r['shares']).argmax()] for r in found)
-    with says("unknown family 'fog'"): gather_evidence(case, ('fog',))
+def test_what_a_scan_costs(small, defender):
+    rows = scan_costs(small.clip, defender, sizes=(4, 6), sample=1, **SHORT)
+    assert [r['classes'] for r in rows] == [4, 6] and all(r['identify'] > 0 and r['per_class'] > 0 for r in rows)
+    assert all(r.keys() == {'classes', 'identify', 'per_class'} for r in rows)
 
 
 def test_verdict_opens_no_secret():

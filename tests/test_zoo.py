@@ -1,6 +1,8 @@
-"The models that the verdict is calibrated on and tried on."
+"The models that the verdict is tried on."
 import importlib
+import math
 
+import pytest
 import torch
 
 from invertune.lab import zoo
@@ -39,18 +41,49 @@ def test_a_frequent_class_is_honest():
     assert (zoo._frequent(g).labels != plain.labels).sum() == 60  # at most half
 
 
-def test_the_trial_has_enough_models_and_keeps_groups_apart():
+def test_the_trial_has_enough_models():
     v = load_params()['verdict']
-    assert not set(v['calibration']) & set(v['held_out'])
-    assert set(v['calibration']) | set(v['held_out']) == set(v['groups'])
-    assert len(v['groups']) >= 20 and v['plants']*len(v['groups']) >= 60
-    assert all(v[key] == PARAMS[key] for key in ('recipes', 'sizes', 'plants', 'min_asr', 'steps', 'bs'))
+    assert len(set(v['groups'])) == len(v['groups']) >= 20 and v['plants']*len(v['groups']) >= 60
+    assert all(v[key] == PARAMS[key] for key in ('recipes', 'sizes', 'plants', 'min_asr'))
+
+
+def judged(group, score, bad, name='sig', found='sun'):
+    return dict(group=group, tower='vit', name=name if bad else 'clean', score=score, threshold=3.5, alarm=score > 3.5,
+                backdoored=bad, target='sun' if bad else None, found=found if score > 3.5 else None, ca=.9,
+                asr=.95 if bad else None)
 
 
 def test_statistics():
-    rows = [dict(group=g, score=s, backdoored=b, target='sun' if b else None, found='sun' if s > 0 else None, ca=.9)
-            for g in range(4) for s, b in ((-1, False), (1, True))]
+    rows = [judged(g, s, b) for g in range(4) for s, b in ((1, False), (9, True))]
     assert trial._auroc(rows) == 1 and trial._interval(rows, 50) == (1, 1)
     assert trial._rates(rows)['false_alarms'] == 0 and trial._rates(rows)['label_named'] == 1
-    worse = rows + [dict(rows[0], group=9, score=2)]
+    worse = rows + [judged(9, 10, False)]
     assert trial._auroc(worse) < 1 and trial._rates(worse)['false_alarms'] == .2 and trial._interval(worse, 200)[0] < 1
+
+
+def test_rates_are_of_the_models_they_are_about():
+    "Detections of backdoored ones, false alarms of clean ones, labels of detections."
+    bad = judged(0, 9, True), judged(1, 9, True, found='key'), judged(2, 1, True), judged(3, 1, True)
+    rows = [*bad, judged(3, 4, False)]
+    own = trial._rates(rows)
+    assert (own['detected'], own['label_named'], own['false_alarms']) == (.5, .5, 1)
+    none = trial._rates([judged(0, 1, False)])
+    assert none['detected'] is None and none['label_named'] is None and none['label_named_low'] is None
+
+
+def test_relatives_count_once():
+    "Three models of each group tell no more than one does."
+    one = [judged(g, 1, False) for g in range(10)]
+    assert trial._rate('x', one*3, lambda r: r['alarm']) == trial._rate('x', one, lambda r: r['alarm'])
+    assert trial._rate('x', one, lambda r: r['alarm'])['x_high'] == pytest.approx(.278, abs=.001)
+
+
+def test_the_table_has_all_and_each_kind():
+    rows = [judged(g, s, b) for g in range(4) for s, b in ((1, False), (9, True))]
+    table = trial.verdict.tables['table'](dict(rows=rows)).set_index('models')
+    assert list(table.index) == ['all', 'vit', 'clean', 'sig'] and table.loc['all', 'auroc'] == 100
+    assert table.loc['clean', 'n'] == table.loc['all', 'groups'] == 4 and math.isnan(table.loc['clean', 'detected'])
+
+
+def test_a_clean_model_that_passes_is_not_touched():
+    assert trial.verdict.measure(judged(0, 1, False), None) == 0

@@ -164,7 +164,7 @@ CLAIMS = {  # an experiment's word -> what its results show
     'ablations': 'What carries the result, part by part',
     'scarce': 'How few clean images are enough',
     'domains': 'What clean images of another domain do',
-    'verdict': 'How often a verdict tells backdoored models from clean ones that it was not calibrated on'}
+    'verdict': 'How often a verdict tells backdoored models from clean ones, and names the right label'}
 
 def said(
     profile:str, # such as 'glyphs'
