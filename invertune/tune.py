@@ -346,12 +346,16 @@ def _moved(
     gen:torch.Generator, # of all that is drawn
     mover:dict, # see `MOVER`
 )->Callable: # a change of pixels
-    "The trigger of one tuning step."
+    "The trigger of one tuning step, on every other image at full strength."
     strength = mover['weakest'] + (1-mover['weakest']) * torch.rand(1, generator=gen).item()
-    if not mover['steps']: return diluted(trigger, strength)
-    made = _restarted(trigger, *(scaled(mover[k], x.shape[-1]) for k in ('jitter','wander')), gen, mover['anew'])
-    for _ in range(mover['steps']): made = sign_step(clip, x, made, loss, mover['step_size'], strength)
-    return diluted(made, strength)
+    if mover['steps']:
+        trigger = _restarted(trigger, *(scaled(mover[k], x.shape[-1]) for k in ('jitter','wander')), gen, mover['anew'])
+    for _ in range(mover['steps']): trigger = sign_step(clip, x, trigger, loss, mover['step_size'], strength)
+    def shown(x):
+        shares = torch.ones(len(x), 1, 1, 1, device=x.device)
+        shares[::2] = strength
+        return x.lerp(trigger(x), shares)
+    return shown
 
 def _renewed(
     clip:Clip, # the model as it is now

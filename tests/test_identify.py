@@ -81,6 +81,7 @@ def test_unknown_family(case):
 
 def test_a_gap_decides_between_shortcuts_of_one_length(case, monkeypatch):
     monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
+    monkeypatch.setattr(step1, '_leads', lambda simulations: torch.zeros(6))
     for favoured in (0, 1):
         monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.eye(6)[favoured] * .07)
         found = one(case)
@@ -102,9 +103,19 @@ def test_what_leads_everywhere_says_nothing(case, monkeypatch):
     ways = dict(field=[-.1]*6, patch=[-5., -5., -5., -1., -5., -5.])
     monkeypatch.setattr(step1, 'shortcut', lambda case, index, t, *args: ways[t.meta['family']][index])
     monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.zeros(6))
+    monkeypatch.setattr(step1, '_leads', lambda simulations: torch.zeros(6))
     found = identify(case, families=('field', 'patch'), **QUICK)
     assert found.target == 3 and found.family == 'patch'
     assert {c['index']: c['score'] for c in found.candidates} == {c: pytest.approx(4. if c == 3 else 0.) for c in range(6)}
+
+
+def test_a_lead_counts_as_much_as_a_way(case, monkeypatch):
+    "Where a diluted simulation leads to one class, what it is ahead by is added to that class alone."
+    monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
+    monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.zeros(6))
+    monkeypatch.setattr(step1, '_leads', lambda simulations: 2 * torch.eye(6)[3])
+    found = one(case)
+    assert found.target == 3 and {c['index']: c['score'] for c in found.candidates} == {c: 2 * (c == 3) for c in range(6)}
 
 
 def test_few_are_asked_of_many(small, case):

@@ -132,9 +132,12 @@ def test_a_batch_is_shared(case, bank):
     x, pool, gen = pixels(case.images[:16]), {}, torch.Generator().manual_seed(0)
     def made(step=0, **mover):
         return step3._step_triggered(case.clip, x, step, bank.triggers, pool, tuple(FAMILIES), [case.head],
-                                     4, gen, step3.MOVER | mover)
+                                     4, gen, step3.MOVER | dict(weakest=1.) | mover)
     still = made(steps=0, others=0.)
     assert torch.equal(still, bank[0](x)) and not pool
+    weak = made(steps=0, others=0., weakest=.4)
+    change = [(made - x).abs().amax((1, 2, 3)) for made in (weak, still)]
+    assert torch.equal(weak[1::2], still[1::2]) and (change[0] < change[1])[::2].all()
     shared = made(steps=0)
     assert torch.equal(shared[:8], still[:8]) and list(pool) == [list(FAMILIES)[0]] and pool['field'][1] == 1
     assert shared.shape == x.shape and (shared[8:] - x[8:]).abs().amax((1, 2, 3)).min() > 0
@@ -153,7 +156,7 @@ def test_an_adversarial_member_keeps_up_and_starts_again(case, bank, monkeypatch
         step3._others(case.clip, x, pool, turn, ('flow',), loss, gen, step3.MOVER | dict(renew=3))
         members.append(pool['flow'][0].tensors['grid'])
     assert renewed == [0, 3, 6] and members[0].shape == members[1].shape == members[2].shape
-    assert (members[1] - members[0]).abs().max() <= step3.MOVER['follow'] * step3.MOVER['step_size'] * .05 + 1e-6
+    assert (members[1] - members[0]).abs().max() <= step3.MOVER['follow'] * step3.MOVER['step_size'] * .1 + 1e-6
 
 
 def test_the_target_is_its_text_and_its_prototype(case, bank):
