@@ -124,7 +124,7 @@ def shortcut(
     steps:int=8, # sign steps
     bs:int=16, # images a step
     seed:int=0, # of the batches
-    n:int=128, # images to measure on, at most
+    n:int=64, # images to measure on, at most
     strength:float=.5, # at which it is measured; 1: that which it was made with
 )->float: # mean log probability of the class; the higher, the shorter the way
     "How far a short targeted perturbation gets towards a class, at half its strength."
@@ -167,7 +167,7 @@ def identify(
     draws:int=24, # random members of each
     steps:int=12, # of each simulation
     named:int=1, # candidates that each simulation and the gap name
-    least:int=8, # classes that are asked, at least: candidates and controls
+    least:int=12, # classes that are asked, at least: candidates and controls
     size:float=32, # side of the patches, in pixels at 224
     stride:float=24, # spacing of their places, in pixels at 224
     seed:int=0, # of everything
