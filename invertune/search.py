@@ -51,11 +51,12 @@ def _apply_field(x, mask, w1, b1, w2, b2, budget):
 
 # %% ../nbs/method/10_search.ipynb #a1f00003
 def _apply_colour(x, mask, matrix, tint, curve):
-    "Colours through a matrix [1,3,3], at the image's own contrast; plus a tint [1,3]; through a curve [1,5]."
+    "Colours through a matrix [1,3,3], at .6 to 1 of the image's contrast; plus a tint [1,3]; through a curve [1,5]."
     mean = x.mean((1,2,3), keepdim=True)
     y = torch.einsum('oc,nchw->nohw', matrix[0], x - mean)
     deviation = lambda z: z.std((1,2,3), keepdim=True) + 1e-3
-    y = (y * deviation(x) / deviation(y) + mean + tint[0,:,None,None]).clamp(0, 1)
+    contrast = deviation(y) / deviation(x)
+    y = (y * contrast.clamp(.6, 1) / contrast + mean + tint[0,:,None,None]).clamp(0, 1)
     tones,steps = torch.linspace(0, 1, 5, device=x.device) + curve[0], y*4
     low = steps.detach().floor().clamp(max=3)
     i = low.long()
@@ -155,7 +156,7 @@ FREE_TENSORS = dict( # of each kind of trigger: the tensors that move, their bou
 
 def diluted(
     change, # of pixels [n,3,H,W], such as a `Trigger`
-    strength:float=.5, # the share of the change that is left, from 0 to 1
+    strength:float|torch.Tensor=.5, # the share of the change that is left, from 0 to 1; of each image [n,1,1,1]
 ): # another change of pixels
     "A change at a share of its strength."
     return lambda x: x.lerp(change(x), strength)
@@ -166,7 +167,7 @@ def sign_step(
     trigger:Trigger, # left as it is
     loss, # a function of image embeddings [bs,D], a scalar
     step_size:float, # 1: as far as `FREE_TENSORS` says
-    strength:float=1., # the share of the change that is applied
+    strength:float|torch.Tensor=1., # the share of the change that is applied; of each image [bs,1,1,1]
 )->Trigger: # another one, a step further
     "One sign step of a trigger's free tensors."
     tensors,bounds = {k: v.to(x.device) for k,v in trigger.tensors.items()}, FREE_TENSORS[trigger.kind]

@@ -309,11 +309,11 @@ WEIGHTS = dict(
     margin=.1,       # of the embedding term: a cosine; so much nearer to the target a triggered image may come
     prototype=True)  # of the embedding term: the target is its prototype as well as its text
 MOVER = dict(
-    steps=3,         # sign steps of each step's trigger, on half of the batch; 0: those of the bank stand still
+    steps=3,         # sign steps of each step's trigger; 0: those of the bank stand still
     step_size=.12,   # as `FREE_TENSORS` has it
     jitter=7,        # pixels at 224 that a patch may be aside, as it was found
     wander=56,       # the same from a random start
-    weakest=.4,      # strength of a step's trigger, from here to 1: the share of its change that is left
+    weakest=.4,      # least strength of a trigger of the bank; on every image another one, from here to 1
     anew=.5,         # share of the triggers that start at random; the others start as they were found
     others=.5,       # share of the batch for the dictionary: half of it for its adversarial members, half for draws
     follow=2,        # sign steps of an adversarial member, whenever it is its turn
@@ -341,21 +341,17 @@ def _settings(steps, lr, bs, weights, mover, statistics)->SimpleNamespace: # see
 def _moved(
     clip:Clip, # the model as it is now
     x:torch.Tensor, # pixels of clean images [n,3,H,W]
-    trigger:Trigger, # of the bank
+    trigger:Trigger, # of the bank, left as it is
     loss:Callable, # embeddings -> scalar
     gen:torch.Generator, # of all that is drawn
     mover:dict, # see `MOVER`
-)->Callable: # a change of pixels
-    "The trigger of one tuning step, on every other image at full strength."
-    strength = mover['weakest'] + (1-mover['weakest']) * torch.rand(1, generator=gen).item()
+)->torch.Tensor: # the images under it
+    "Images under the trigger of one tuning step, each at a strength of its own."
+    strengths = mover['weakest'] + (1-mover['weakest']) * torch.rand(len(x), 1, 1, 1, generator=gen).to(x.device)
     if mover['steps']:
         trigger = _restarted(trigger, *(scaled(mover[k], x.shape[-1]) for k in ('jitter','wander')), gen, mover['anew'])
-    for _ in range(mover['steps']): trigger = sign_step(clip, x, trigger, loss, mover['step_size'], strength)
-    def shown(x):
-        shares = torch.ones(len(x), 1, 1, 1, device=x.device)
-        shares[::2] = strength
-        return x.lerp(trigger(x), shares)
-    return shown
+    for _ in range(mover['steps']): trigger = sign_step(clip, x, trigger, loss, mover['step_size'], strengths)
+    return diluted(trigger, strengths)(x)
 
 def _renewed(
     clip:Clip, # the model as it is now
@@ -420,7 +416,7 @@ def _step_triggered(
     goal = target_loss(heads[step // len(triggers) % len(heads)], target)
     n = round((1-mover['others']) * len(x)) if families else len(x)
     made = []
-    if n: made.append(_moved(tuned, x[:len(x)//2], triggers[step % len(triggers)], goal, gen, mover)(x[:n]))
+    if n: made.append(_moved(tuned, x[:n], triggers[step % len(triggers)], goal, gen, mover))
     if n < len(x): made.append(_others(tuned, x[n:], pool, step, families, goal, gen, mover))
     return torch.cat(made)
 

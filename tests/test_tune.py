@@ -137,7 +137,7 @@ def test_a_batch_is_shared(case, bank):
     assert torch.equal(still, bank[0](x)) and not pool
     weak = made(steps=0, others=0., weakest=.4)
     change = [(made - x).abs().amax((1, 2, 3)) for made in (weak, still)]
-    assert torch.equal(weak[1::2], still[1::2]) and (change[0] < change[1])[::2].all()
+    assert (change[0] < change[1]).all() and (change[0] >= .39 * change[1]).all()
     shared = made(steps=0)
     assert torch.equal(shared[:8], still[:8]) and list(pool) == [list(FAMILIES)[0]] and pool['field'][1] == 1
     assert shared.shape == x.shape and (shared[8:] - x[8:]).abs().amax((1, 2, 3)).min() > 0
