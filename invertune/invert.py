@@ -41,6 +41,7 @@ class Bank(Drawn):
     gate:float=.7 # an inversion whose first trigger has a lower inverted ASR has failed
     limit:float=1. # an inversion whose first mask covers a larger share of the image has failed
     report:dict=field(default_factory=dict) # how it came about, what JSON can say
+    early:int=0 # so many of the triggers, the first ones, act at half their strength as well
 
     def __len__(self): return len(self.triggers)
     def __getitem__(self, i): return self.triggers[i]
@@ -67,7 +68,8 @@ class Bank(Drawn):
     )->'Bank': # none of them where none reaches it
         "The triggers that reach a gate."
         kept = [(t, a) for t,a in zip(self.triggers, self.asr) if a >= gate]
-        return Bank([t for t,_ in kept], [a for _,a in kept], self.gate, self.limit, self.report)
+        early = sum(a >= gate for a in self.asr[:self.early])
+        return Bank([t for t,_ in kept], [a for _,a in kept], self.gate, self.limit, self.report, early)
 
     def mask(self,
         i:int=0, # which trigger
@@ -98,7 +100,7 @@ class Bank(Drawn):
         "Write the triggers as one safetensors file."
         tensors = {f'{i}.{k}': v for i,t in enumerate(self.triggers) for k,v in t.tensors.items()}
         write_tensors(path, tensors, asr=self.asr, kind=[t.kind for t in self.triggers], family=self.families,
-                      gate=self.gate, limit=self.limit)
+                      gate=self.gate, limit=self.limit, early=self.early)
 
 # %% ../nbs/method/12_invert.ipynb #b96c3843
 def load_bank(
@@ -106,12 +108,13 @@ def load_bank(
 )->Bank: # without its report
     "Read a bank back."
     tensors,meta = read_tensors(path)
-    if not {'asr','kind','family','gate','limit'} <= meta.keys():
+    if not {'asr','kind','family','gate','limit','early'} <= meta.keys():
         raise InvertuneError(f'{path} is not a bank of inverted triggers')
     own = lambda i: {k.split('.', 1)[1]: v for k,v in tensors.items() if k.startswith(f'{i}.')}
     try:
         made = [Trigger(k, own(i), family=f) for i,(k,f) in enumerate(zip(meta['kind'], meta['family'], strict=True))]
-        return Bank(made, [float(a) for _,a in zip(made, meta['asr'], strict=True)], meta['gate'], meta['limit'])
+        return Bank(made, [float(a) for _,a in zip(made, meta['asr'], strict=True)], meta['gate'], meta['limit'],
+                    early=int(meta['early']))
     except (ValueError, TypeError):
         raise InvertuneError(f"{path} is not a bank of inverted triggers: its header gives '{meta['asr']}' "
                              'as their ASR') from None
@@ -254,6 +257,6 @@ def invert(
         rest = [t for t in starts if t.meta['family'] not in known]
         made = _refined(case, target, rest, s, trial, steps, bs, seed)
         kept += [t for t,a in made if s == 1 or a >= gate]
-    bank = Bank(kept, [inverted_asr(case, target, t) for t in kept], gate)
+    bank = Bank(kept, [inverted_asr(case, target, t) for t in kept], gate, early=early)
     bank.report = dict(_told(case, target, bank), tried=len(starts), early=early, places=scores)
     return bank

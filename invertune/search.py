@@ -69,10 +69,10 @@ def _apply_kernel(x, mask, kernel):
     y = F.conv2d(F.pad(x, (k.shape[-1]//2,)*4, mode='replicate'), k.expand(3, -1, -1, -1), groups=3)
     return apply_mask(x, mask, y.clamp(0, 1))
 
-def _apply_flow(x, mask, grid):
-    "Every pixel from elsewhere: displacements [1,2,g,g] (x, y) as shares of the side."
+def _apply_flow(x, mask, grid, budget):
+    "Every pixel from elsewhere: displacements [1,2,g,g] (x, y), at a budget [1] that is a share of the side."
     flow = F.interpolate(grid, x.shape[-2:], mode='bicubic', align_corners=True).permute(0,2,3,1)
-    return apply_mask(x, mask, KINDS['warp'](x, flow * x.shape[-1]))
+    return apply_mask(x, mask, KINDS['warp'](x, flow * budget * x.shape[-1] / flow.pow(2).mean().sqrt().clamp(min=1e-6)))
 
 KINDS.update(field=_apply_field, colour=_apply_colour, kernel=_apply_kernel, flow=_apply_flow)
 _SIZED.update(dict.fromkeys(('field','colour','kernel','flow'), 'mask'))
@@ -129,8 +129,8 @@ def _draw_filter(gen, side):
 def _draw_flow(gen, side):
     "Displacements on a grid of 2 to half the side, by less than what would fold it."
     n = round(2 ** _within(gen, 1, math.log2(max(4, side/2))))
-    reach = min(.07, _within(gen, .1, .4) / n)
-    return 'flow', dict(mask=_everywhere(side), grid=reach * torch.randn(1, 2, n, n, generator=gen))
+    budget = torch.tensor([min(.06, _within(gen, .1, .5) / n)])
+    return 'flow', dict(mask=_everywhere(side), grid=.4 * torch.randn(1, 2, n, n, generator=gen), budget=budget)
 
 FAMILIES = dict( # of each family: (generator, side of the images) -> (kind, tensors)
     field=_draw_field, picture=_draw_picture, patch=_draw_patch, colour=_draw_colour, filter=_draw_filter,
@@ -152,7 +152,7 @@ FREE_TENSORS = dict( # of each kind of trigger: the tensors that move, their bou
     mask=dict(pattern=(0., 1., 1.)), coarse=dict(coarse=(0., 1., 1.)),
     field=dict(w1=(-4., 4., .5), b1=(-3., 3., .5), w2=(-2., 2., .3), b2=(-1., 1., .3)),
     colour=dict(matrix=(-1.5, 1.5, .5), tint=(-.2, .2, .2), curve=(-.15, .15, .2)),
-    kernel=dict(kernel=(-.5, 1., .2)), flow=dict(grid=(-.15, .15, .1)))
+    kernel=dict(kernel=(-.5, 1., .2)), flow=dict(grid=(-1., 1., 1.)))
 
 def diluted(
     change, # of pixels [n,3,H,W], such as a `Trigger`
@@ -167,7 +167,7 @@ def sign_step(
     trigger:Trigger, # left as it is
     loss, # a function of image embeddings [bs,D], a scalar
     step_size:float, # 1: as far as `FREE_TENSORS` says
-    strength:float|torch.Tensor=1., # the share of the change that is applied; of each image [bs,1,1,1]
+    strength:float=1., # the share of the change that is applied
 )->Trigger: # another one, a step further
     "One sign step of a trigger's free tensors."
     tensors,bounds = {k: v.to(x.device) for k,v in trigger.tensors.items()}, FREE_TENSORS[trigger.kind]

@@ -313,9 +313,9 @@ MOVER = dict(
     step_size=.12,   # as `FREE_TENSORS` has it
     jitter=7,        # pixels at 224 that a patch may be aside, as it was found
     wander=56,       # the same from a random start
-    weakest=.4,      # least strength of a trigger of the bank; on every image another one, from here to 1
+    early=(.3,.7),   # strengths, from and to, of the triggers that act at half of it: on every image another one
     anew=.5,         # share of the triggers that start at random; the others start as they were found
-    others=.5,       # share of the batch for the dictionary: half of it for its adversarial members, half for draws
+    others=.5,       # share of the batch for the dictionary: half for its adversarial members, half for draws
     follow=2,        # sign steps of an adversarial member, whenever it is its turn
     renew=5,         # turns after which it starts again, from the best of a few draws
     each=3)          # images that share a draw
@@ -338,6 +338,17 @@ def _settings(steps, lr, bs, weights, mover, statistics)->SimpleNamespace: # see
                            mover=_changed('setting of the mover', MOVER, mover), **chosen)
 
 # %% ../nbs/method/13_tune.ipynb #6b37d860
+def _early(
+    x:torch.Tensor, # pixels of clean images [n,3,H,W]
+    trigger:Trigger, # of the bank, one that acts at half its strength
+    gen:torch.Generator, # of all that is drawn
+    mover:dict, # see `MOVER`
+)->torch.Tensor: # the same under it
+    "Images under a trigger as it was found, each at a strength of its own."
+    low,high = mover['early']
+    strengths = low + (high-low) * torch.rand(len(x), 1, 1, 1, generator=gen).to(x.device)
+    return diluted(_restarted(trigger, scaled(mover['jitter'], x.shape[-1]), 0, gen, anew=0.), strengths)(x)
+
 def _moved(
     clip:Clip, # the model as it is now
     x:torch.Tensor, # pixels of clean images [n,3,H,W]
@@ -345,13 +356,12 @@ def _moved(
     loss:Callable, # embeddings -> scalar
     gen:torch.Generator, # of all that is drawn
     mover:dict, # see `MOVER`
-)->torch.Tensor: # the images under it
-    "Images under the trigger of one tuning step, each at a strength of its own."
-    strengths = mover['weakest'] + (1-mover['weakest']) * torch.rand(len(x), 1, 1, 1, generator=gen).to(x.device)
+)->torch.Tensor: # the same under it
+    "Images under a trigger that follows the model."
     if mover['steps']:
         trigger = _restarted(trigger, *(scaled(mover[k], x.shape[-1]) for k in ('jitter','wander')), gen, mover['anew'])
-    for _ in range(mover['steps']): trigger = sign_step(clip, x, trigger, loss, mover['step_size'], strengths)
-    return diluted(trigger, strengths)(x)
+    for _ in range(mover['steps']): trigger = sign_step(clip, x, trigger, loss, mover['step_size'])
+    return trigger(x)
 
 def _renewed(
     clip:Clip, # the model as it is now
@@ -404,7 +414,7 @@ def _step_triggered(
     tuned:Clip, # the model as it is now
     x:torch.Tensor, # pixels of clean images [bs,3,H,W]
     step:int, # which one
-    triggers:list, # of `Trigger`: the bank's
+    bank:Bank, # inverted triggers
     pool:dict, # see `_others`
     families:tuple, # of the dictionary
     heads:list, # what stands for the classes, in turn: [C,D] each
@@ -412,11 +422,12 @@ def _step_triggered(
     gen:torch.Generator, # of all that is drawn
     mover:dict, # see `MOVER`
 )->torch.Tensor: # the same with triggers of this step
-    "A part of the images under a trigger of the bank, the rest under others."
-    goal = target_loss(heads[step // len(triggers) % len(heads)], target)
-    n = round((1-mover['others']) * len(x)) if families else len(x)
-    made = []
-    if n: made.append(_moved(tuned, x[:n], triggers[step % len(triggers)], goal, gen, mover))
+    "A part of the images under triggers of the bank, the rest under others."
+    goal = target_loss(heads[step // len(bank) % len(heads)], target)
+    n,made = round((1-mover['others']) * len(x)) if families else len(x), []
+    k = n // 2 if bank.early else 0
+    if k: made.append(_early(x[:k], bank[step % bank.early], gen, mover))
+    if k < n: made.append(_moved(tuned, x[k:n], bank[step % len(bank)], goal, gen, mover))
     if n < len(x): made.append(_others(tuned, x[n:], pool, step, families, goal, gen, mover))
     return torch.cat(made)
 
@@ -438,14 +449,14 @@ def tune(
     if not bank.passed: raise InvertuneError(f'{bank.failed}; there is nothing to tune against')
     s = _settings(steps, lr, bs, weights, mover, statistics)
     tuned = _absorb_bn_stats(case.clip, case.images) if s.absorb else copy.deepcopy(case.clip).eval()
-    triggers,pool,gen = bank.above(bank.gate).triggers, {}, torch.Generator().manual_seed(seed)
+    bank,pool,gen = bank.above(bank.gate), {}, torch.Generator().manual_seed(seed)
     head,images = case.head.to(tuned.device), case.images
     heads = [head, _prototypes(case.embeddings, head)] if s.weights['prototype'] else [head]
-    found,aims = _inspect_layers(tuned, images[:512], triggers[0], seed=seed), torch.stack([h[target] for h in heads])
+    found,aims = _inspect_layers(tuned, images[:512], bank[0], seed=seed), torch.stack([h[target] for h in heads])
     (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr), []
     for step in progress(range(s.steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
-        x2 = _step_triggered(tuned, x, step, triggers, pool, families, heads, target, gen, s.mover).detach()
+        x2 = _step_triggered(tuned, x, step, bank, pool, families, heads, target, gen, s.mover).detach()
         terms = _loss_terms(tuned, case.clip, x, x2, found['masks'], head, aims, s.weights['margin'])
         _optimise(opt, sum(s.weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
         if s.follow: _follow_bn_stats(tuned, x)

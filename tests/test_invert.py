@@ -88,6 +88,8 @@ def test_above_a_gate_means_above_it():
     bank = bank_of(.9, .6, .8)
     assert bank.above(.7).asr == [.9, .8] and [t is u for t, u in zip(bank.above(.7).triggers, bank.triggers[::2])]
     assert len(bank.above(.95)) == 0 and not bank.above(.95).passed
+    bank.early = 2
+    assert bank.above(.7).early == 1 and bank.above(.5).early == 2
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -98,11 +100,11 @@ def test_masks(family):
 
 
 def test_bank_files(tmp_path):
-    bank = Bank([random_perturbation('patch', 32), random_perturbation('flow', 32)], [1., .25], .6, .05, dict(note='x'))
+    bank = Bank([random_perturbation('patch', 32), random_perturbation('flow', 32)], [1., .25], .6, .05, dict(note='x'), 1)
     file = tmp_path/'bank.safetensors'
     bank.save(file)
     x, again = torch.rand(2, 3, 32, 32), load_bank(file)
-    assert again.asr == [1., .25] and again.families == ['patch', 'flow'] and (again.gate, again.limit) == (.6, .05)
+    assert again.asr == [1., .25] and again.families == ['patch', 'flow'] and (again.gate, again.limit, again.early) == (.6, .05, 1)
     assert all(torch.equal(a(x), b(x)) for a, b in zip(again.triggers, bank.triggers))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(InvertuneError, match='not a whole safetensors file'): load_bank(file)

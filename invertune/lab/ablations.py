@@ -35,7 +35,6 @@ _PARTS = { # parameters of `tune`
     'bank alone': dict(mover=dict(others=0.)),
     'dictionary alone': dict(mover=dict(others=1.)),
     'triggers that stand still': dict(mover=dict(steps=0)),
-    'full strength': dict(mover=dict(weakest=1.)), # of the inversion as well, see below
     'fresh triggers alone': dict(mover=dict(anew=1.)),
     'fresh triggers where found': dict(mover=dict(wander=7)),
     'statistics that stand still': dict(statistics=('absorb',)),
@@ -46,7 +45,12 @@ _PARTS = { # parameters of `tune`
 def _only(bank, keep):
     "A bank of the triggers whose family is kept."
     at = [i for i,family in enumerate(bank.families) if keep(family)]
-    return Bank([bank[i] for i in at], [bank.asr[i] for i in at], bank.gate, bank.limit)
+    return Bank([bank[i] for i in at], [bank.asr[i] for i in at], bank.gate, bank.limit,
+                early=sum(i < bank.early for i in at))
+
+def _first(bank, number, early):
+    "The first triggers of a bank, with no more than so many early ones."
+    return Bank(bank.triggers[:number], bank.asr[:number], bank.gate, bank.limit, early=min(number, early))
 
 def _uninverted(case, each=8):
     "Random members of every family: a bank whose inverted ASR nobody has asked for."
@@ -62,7 +66,8 @@ _LESS = {f'without {family}': _others_than(family) for family in FAMILIES} # par
 _PATCHES = ('place','patch')
 
 _BANKS = { # (case, target, the bank that was inverted) -> Bank
-    'best trigger alone': lambda case,target,bank: Bank(bank.triggers[:1], bank.asr[:1], bank.gate, bank.limit),
+    'best trigger alone': lambda case,target,bank: _first(bank, 1, bank.early),
+    'nothing as it was found': lambda case,target,bank: _first(bank, len(bank), 0),
     'patches alone': lambda case,target,bank: _only(bank, lambda family: family in _PATCHES),
     'whole images alone': lambda case,target,bank: _only(bank, lambda family: family not in _PATCHES),
     'published inversion': lambda case,target,bank: invert_paper(case, target),
