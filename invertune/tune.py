@@ -304,8 +304,8 @@ WEIGHTS = dict(
     activation=.3,   # of the five terms
     embedding=3.5,
     restore=2.,
-    preserve=5.,
-    decision=4.,
+    preserve=8.,
+    decision=6.,
     margin=.1,       # of the embedding term: a cosine; so much nearer to the target a triggered image may come
     prototype=True)  # of the embedding term: the target is its prototype as well as its text
 MOVER = dict(
@@ -390,14 +390,13 @@ def _others(
     mover:dict, # see `MOVER`
 )->torch.Tensor: # the same under triggers of the dictionary
     "Half of the images under an adversarial member of a family, the others under draws of any."
-    family = families[step % len(families)]
+    family,half = families[step % len(families)],-(-len(x) // 2)
     made,turns = pool.get(family, (None, 0))
-    if turns % mover['renew'] == 0: made = _renewed(clip, x, family, loss, gen, mover['step_size'])
-    for _ in range(mover['follow']): made = sign_step(clip, x, made, loss, mover['step_size'])
+    if turns % mover['renew'] == 0: made = _renewed(clip, x[:half], family, loss, gen, mover['step_size'])
+    for _ in range(mover['follow']): made = sign_step(clip, x[:half], made, loss, mover['step_size'])
     pool[family] = made,turns+1
     def draw(): return random_perturbation(families[torch.randint(len(families), (1,), generator=gen).item()],
                                            x.shape[-1], gen)
-    half = -(-len(x) // 2)
     return torch.cat([made(x[:half])] + [draw()(part) for part in x[half:].split(mover['each'])])
 
 # %% ../nbs/method/13_tune.ipynb #fa0b08f9
@@ -436,7 +435,7 @@ def tune(
     case:Case, # the model under test, seen with the defender's images; a copy is tuned
     target:int, # the identified class
     bank:Bank, # inverted triggers; those that reach its gate are used
-    steps:int=160, # of AdamW
+    steps:int=200, # of AdamW
     lr:float=1e-3, # its peak rate
     bs:int=48, # images a step
     weights:dict={}, # of the terms; what is not named is as in `WEIGHTS`

@@ -200,7 +200,7 @@ RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=
                badclip=dict(size=48, trigger_steps=60),
                badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
-CURE = dict(tune=dict(steps=120, lr=5e-3))
+CURE = dict(tune=dict(lr=5e-3))
 
 
 @pytest.fixture(scope='module', params=load_params()['main']['attacks'])
