@@ -310,6 +310,8 @@ def _judge_removal(
 
 
 # %% ../nbs/method/20_command.ipynb #20000013
+_RATES = (1e-3, 3e-3) # of the tuning, one after the other until the backdoor is removed: small models need the larger one
+
 def _clean(
     task:_Task, # what to clean
     params:dict, # of the defense: invert, tune
@@ -320,13 +322,16 @@ def _clean(
     blind, bank, rows, samples, told = _blind_spots(task), None, [], [], None
     tuned = copy.deepcopy(task.clip).eval()
     if verdict.backdoored:
-        _say('remove it')
-        known = dict(identify=verdict.identification)
-        tuned, found = defend('invertune', task.clip, task.defender, task.seed, **known, **params)
-        bank, target = found['bank'], case.index(verdict.target)
+        known, target = dict(identify=verdict.identification), case.index(verdict.target)
+        for rate in [None] if 'lr' in params['tune'] else _RATES:
+            _say('remove it')
+            step = params['tune'] if rate is None else params['tune'] | dict(lr=rate)
+            tuned, found = defend('invertune', task.clip, task.defender, task.seed, **known, **params | dict(tune=step))
+            told = _told(task, case, tuned, held, found, target)
+            if told['removed'] or told['failed']: break
+        bank = found['bank']
         rows = _controls(case, target, bank[0], task.budget['controls']) if len(bank) else []
         samples = _samples(case, bank[0]) if len(bank) else []
-        told = _told(task, case, tuned, held, found, target)
     else: told = _compared(case.clip, tuned, held, None, 0) | _UNTOUCHED
     shares = _prediction_shares(case, bank[0] if bank else None)
     facts = _facts(verdict, task.name, task.opened, shares, task.settled(), task.notes, blind, bank, rows, told)
@@ -646,7 +651,7 @@ def _run_clean(a:argparse.Namespace)->int: # exit code
     "invertune clean"
     out = _check_out(a)
     arguments = _model_arguments(a)
-    with _Line(5): cleaned, report = clean_model(**arguments)
+    with _Line(7): cleaned, report = clean_model(**arguments)
     page = report.save(_report_of(out))
     line = _save_cleaned(cleaned, report.facts, out)
     print(json.dumps(report.facts, indent=1) if a.json else f'{report}\nModel: {out}, opened by {line}\nReport: {page}')

@@ -230,7 +230,7 @@ def test_identification_draws_gains_in_percent_points_beside_the_strongest_other
     assert [bar.get_width() for bar in ax.patches[:4]] == pytest.approx([-70/3, 140/3, 140/3, -55/3])
     assert [text.get_text() for text in ax.texts if text.get_text()] == ['sun', 'die',
         'ours: cat ✓   published: sun ✗'] and ax.get_title('left') == 'sig'
-    assert [label.get_text() for label in ax.get_yticklabels()] == ['corner patch', 'smooth']
+    assert [label.get_text() for label in ax.get_yticklabels()] == ['patch', 'smooth']
 
 
 def test_amplification_fills_the_range_without_clipping():
