@@ -233,6 +233,15 @@ def test_identification_draws_gains_in_percent_points_beside_the_strongest_other
     assert [label.get_text() for label in ax.get_yticklabels()] == ['patch', 'smooth']
 
 
+def test_a_family_of_the_published_rule_alone_has_a_row_and_its_ring():
+    told = reports()
+    told['invertune-paper']['identification'] = dict(family='corner', simulations=[uap('corner', 0, [.2, .7, .1])])
+    ax, = main._identification({'sig': told}, {'sig': 'cat'}).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ['patch', 'smooth', 'corner patch']
+    rings = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == 'o' and line.get_markerfacecolor() == 'none']
+    assert rings == [2] and len(ax.patches) >= 6
+
+
 def test_amplification_fills_the_range_without_clipping():
     for reach in (.01, .07, .2, .5, 1.):
         factor = main._amplification(torch.full((3, 8, 8), reach))

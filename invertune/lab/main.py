@@ -149,7 +149,7 @@ def _decision(ax, attack, report, families, true):
             (('ours', report[_OURS]['target']), ('published', report[_PUBLISHED]['target']))]
     ax.set_title(attack, loc='left', pad=13, fontweight='bold')
     ax.text(0, 1.01, '   '.join(told), transform=ax.transAxes, fontsize=SMALL, va='bottom')
-    for family in {s['family'] for s in tries} & set(families):
+    for family in {s['family'] for s in tries}:
         ax.plot(108, families.index(family), 'o', ms=7, mfc='none', mec=look(_PUBLISHED)['color'], mew=1.,
                 clip_on=False)
     if found['family'] not in families: return
@@ -157,19 +157,22 @@ def _decision(ax, attack, report, families, true):
     ax.axhspan(y - .5, y + .5, color='#f7e3e6', lw=0, zorder=0)
     ax.plot(108, y, '*', ms=5, color=look(_OURS)['color'], mec='none', clip_on=False)
 
+def _simulations(report):
+    "Ours, and those of the published rule in families that ours does not have."
+    ours, published = (report[defense]['identification']['simulations'] for defense in (_OURS, _PUBLISHED))
+    return ours + [s for s in published if s['family'] not in {own['family'] for own in ours}]
+
 @figure
 def _identification(reports, truth, columns=3):
     "One panel an attack, two bars a family of perturbations."
-    families = list(dict.fromkeys(s['family'] for report in reports.values()
-                                  for s in report[_OURS]['identification']['simulations']))
+    families = list(dict.fromkeys(s['family'] for report in reports.values() for s in _simulations(report)))
     columns = min(columns, len(reports))
     lines = math.ceil(len(reports)/columns)
     size = WIDTH if columns > 1 else WIDTH/2, .65 + (.5 + .22*len(families))*lines
     fig, axs = plt.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax in axs.flat[len(reports):]: ax.set_visible(False)
     for ax, (attack, report) in zip(axs.flat, reports.items()):
-        found = report[_OURS]['identification']
-        _family_bars(ax, found['classes'], found['simulations'], families, truth[attack])
+        _family_bars(ax, report[_OURS]['identification']['classes'], _simulations(report), families, truth[attack])
         _decision(ax, attack, report, families, truth[attack])
     fig.supxlabel('gain in the share of predictions, percent points', fontsize=7)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (_TRUE, _OTHER)]
