@@ -24,13 +24,14 @@ from .defender import *
 from .defenses import defend
 from .glyphs import font_path
 from .images import _as_shown, _check_reading, _rgb, make_defender
+from .identify import identify
 from .invert import invert
 from .metrics import embed
 from .model import *
 from .report import Report, _check_folder, _controls, _facts, _model_card, _prediction_shares, _samples, _whole_folder
 from .runtime import InvertuneError, atomic_path, check_choice, fill, pick_device, save_json, set_threads
 from .triggers import *
-from .verdict import Verdict, scan
+from .verdict import Verdict, judge
 
 # %% ../nbs/method/20_command.ipynb #20000005
 @contextmanager
@@ -216,7 +217,11 @@ def _judged(
         task.notes += _check_reading(case)
     task.notes += dict.fromkeys(str(w.message) for w in said if str(w.message).startswith('the prompt '))
     _say('search for a backdoor')
-    return case, scan(task.clip, task.defender, task.seed, **task.budget['identify'])
+    return case, _verdict(task, case)
+
+def _verdict(task:_Task, case:Case)->Verdict: # on the model of a case, which may be the cleaned one
+    "As much of `scan` as the budget allows, without a second look at the clean images."
+    return judge(identify(case, seed=task.seed, **task.budget['identify']))
 
 def _scan(
     task:_Task, # what to judge
@@ -291,10 +296,10 @@ def _fresh_search(
 )->dict: # score_after, named_after: of a new scan; asr_again: of the best trigger; controls_after
     "Whether anything is left: a new scan, a new search, and as much effort towards other labels."
     _say('search the cleaned model')
-    verdict = scan(tuned, task.defender, task.seed, **task.budget['identify'])
+    case = Case(tuned, task.defender, task.seed)
+    verdict = _verdict(task, case)
     said = dict(score_after=verdict.score, named_after=verdict.target)
     if not task.budget['again']: return said | dict(asr_again=None, controls_after=[])
-    case = Case(tuned, task.defender, task.seed)
     bank = invert(case, target, seed=task.seed + 1, **task.budget['invert'])
     rows = _controls(case, target, bank[0], task.budget['controls'])
     return said | dict(asr_again=bank.inverted_asr, controls_after=rows)
@@ -307,7 +312,6 @@ def _judge_removal(
     "Removed is where the rebuilt trigger fails and a new scan raises no alarm."
     works = (c['asr_after'] or 0) > _WORKS
     return dict(works_after=works, removed=not works and c['named_after'] is None)
-
 
 # %% ../nbs/method/20_command.ipynb #20000013
 _RATES = (1e-3, 3e-3) # of the tuning, one after the other until the backdoor is removed: small models need the larger one
@@ -322,11 +326,11 @@ def _clean(
     blind, bank, rows, samples, told = _blind_spots(task), None, [], [], None
     tuned = copy.deepcopy(task.clip).eval()
     if verdict.backdoored:
-        known, target = dict(identify=verdict.identification), case.index(verdict.target)
-        for rate in [None] if 'lr' in params['tune'] else _RATES:
+        target = case.index(verdict.target)
+        for rate in [params['tune']['lr']] if 'lr' in params['tune'] else _RATES:
             _say('remove it')
-            step = params['tune'] if rate is None else params['tune'] | dict(lr=rate)
-            tuned, found = defend('invertune', task.clip, task.defender, task.seed, **known, **params | dict(tune=step))
+            steps = params | dict(identify=verdict.identification, tune=params['tune'] | dict(lr=rate))
+            tuned, found = defend('invertune', task.clip, task.defender, task.seed, **steps)
             told = _told(task, case, tuned, held, found, target)
             if told['removed'] or told['failed']: break
         bank = found['bank']

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -306,7 +305,7 @@ def short(monkeypatch):
     def limit(threshold):
         budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2))
         monkeypatch.setitem(module._BUDGETS, 'quick', budget)
-        monkeypatch.setattr(module, 'scan', lambda *args, **kw: replace(verdict.scan(*args, **kw), threshold=threshold))
+        monkeypatch.setattr(module, 'judge', lambda found: verdict.judge(found, threshold))
     return limit
 
 
@@ -439,12 +438,12 @@ def test_all_parts_of_a_report_by_a_short_search(small, short, monkeypatch):
     monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=step2, again=True))
     asked = []
     def count(*args, **kw): asked.append(args); return identify(*args, **kw)
-    monkeypatch.setattr(verdict, 'identify', count)
+    monkeypatch.setattr(module, 'identify', count)
     monkeypatch.setattr(step1, 'identify', count)
     report = scan_model(small.bad, small.defender, budget='quick')
     assert report.backdoored and len(report.samples) == 6 and len(report.facts['controls']) == 3 and len(report.bank)
     asked.clear()
-    params = dict(invert=step2 | dict(gate=0.), tune=dict(steps=2))
+    params = dict(invert=step2 | dict(gate=0.), tune=dict(steps=2, lr=1e-3))
     cleaned, report = clean_model(small.bad, small.defender, budget='quick', **params)
     c = report.facts['cleaning']
     assert len(asked) == 2                             # before and after; what was identified is what is removed
@@ -452,3 +451,18 @@ def test_all_parts_of_a_report_by_a_short_search(small, short, monkeypatch):
     assert len(c['controls_after']) == 3 and c['controls_after'][0]['target']
     assert set(c['layers']) == set(c['layers_after']) and 0 <= c['asr_again'] <= 1 and 0 <= c['asr_after'] <= c['asr_before'] + .1
     assert report.facts['headline'].startswith('This model has a backdoor towards') and not cleaned.training
+
+
+def test_a_removal_that_fails_is_tried_once_more_with_a_larger_rate(small, short, monkeypatch):
+    "From the received model, with what was identified before; a rate that is given is the only one."
+    short(-1.)
+    monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(again=False))
+    tried, whole = [], module.defend
+    def note(name, clip, *args, tune, **kw): tried.append((tune['lr'], clip)); return whole(name, clip, *args, tune=tune, **kw)
+    monkeypatch.setattr(module, 'defend', note)
+    step2 = dict(keep=1, draws=4, steps=2, families=('patch',), stride=56, gate=0.)
+    for given, rates in ((dict(steps=2), [1e-3, 3e-3]), (dict(steps=2, lr=.01), [.01])):
+        tried.clear()
+        _, report = clean_model(small.bad, small.defender, budget='quick', invert=step2, tune=given)
+        assert [rate for rate, _ in tried] == rates and not report.facts['cleaning']['removed']
+        assert all(clip is tried[0][1] for _, clip in tried)
