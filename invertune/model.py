@@ -170,12 +170,16 @@ def is_resnet(
 def named_layers(
     clip:Clip, # any
 )->dict[str, nn.Module]: # in order
-    "The stages of a ResNet or the residual blocks of a ViT."
+    "The stages of a ResNet or a ConvNeXt, or the residual blocks of a ViT."
     v = clip.model.visual
     if is_resnet(clip): return {f'layer{i}': getattr(v, f'layer{i}') for i in range(1,5)}
     if hasattr(v, 'transformer'): return {f'block{i+1}': b for i,b in enumerate(v.transformer.resblocks)}
-    raise InvertuneError(f"don't know the layers of an image tower of type {type(v).__name__}: "
-                         'it is neither a ModifiedResNet nor a ViT')
+    trunk = getattr(v, 'trunk', v)  # a tower of timm: SigLIP's ViT has blocks, ConvNeXt has stages, Swin has layers
+    for parts,name in (('blocks', 'block'), ('stages', 'stage'), ('layers', 'stage')):
+        found = getattr(trunk, parts, None)
+        if isinstance(found, (nn.Sequential, nn.ModuleList)): return {f'{name}{i+1}': b for i,b in enumerate(found)}
+    raise InvertuneError(f"don't know the layers of an image tower of type {type(trunk).__name__}: it is no "
+                         'ModifiedResNet and no ViT, and has neither blocks nor stages')
 
 # %% ../nbs/method/04_model.ipynb #d292dc69
 class Activations:
@@ -283,6 +287,7 @@ def load_clip(
     weights,meta = read_tensors(path)
     if not isinstance(meta.get('config'), dict):
         raise InvertuneError(f'{path} has no config in its header: not a checkpoint of invertune')
+    if 'origin' in meta['config']: raise InvertuneError(f'{path} is a model from elsewhere: open_checkpoint reads it')
     clip = _build(meta['config'], path)
     _check_weights(clip.model.state_dict(), weights, path)
     clip.model.load_state_dict(weights)

@@ -14,7 +14,7 @@ import invertune.compat  # before open_clip
 import open_clip
 from invertune import runtime
 from invertune.model import (MEAN, Activations, load_clip, named_layers, pixels, pretrained_clip, save_clip, tiny_clip,
-                             write_tensors, zero_shot_head)
+                             Clip, write_tensors, zero_shot_head)
 from invertune.runtime import InvertuneError
 from invertune.train import train_clip
 
@@ -328,6 +328,28 @@ def test_looking_leaves_no_trace(tower):
 def test_pixels():
     x = torch.tensor([0, 255], dtype=torch.uint8)
     assert pixels(x).tolist() == [0, 1] and x.tolist() == [0, 255]
+
+
+# towers of timm
+
+@pytest.mark.parametrize('timm_name, pool, proj, layers', [
+    ('test_vit', 'map', 'none', [f'block{i+1}' for i in range(6)]),                # as SigLIP
+    ('test_convnext', '', 'linear', [f'stage{i+1}' for i in range(4)])])           # as open_clip's ConvNeXt
+def test_layers_of_a_tower_of_timm(timm_name, pool, proj, layers):
+    vision = open_clip.model.CLIPVisionCfg(timm_model_name=timm_name, timm_pool=pool, timm_proj=proj, image_size=32)
+    text = open_clip.model.CLIPTextCfg(context_length=8, width=32, heads=1, layers=1)
+    clip = Clip(open_clip.model.CLIP(64, vision, text), 8).eval()
+    with torch.no_grad(), Activations(clip) as acts: clip.encode_image(torch.rand(2, 3, 32, 32))
+    assert list(named_layers(clip)) == list(acts.out) == layers
+    assert all(len(a) == 2 and a.dim() == (3 if pool == 'map' else 4) for _, a in acts.items())
+    clip.model.visual.trunk = torch.nn.Identity()
+    with pytest.raises(InvertuneError, match="don't know the layers of an image tower of type Identity"):
+        named_layers(clip)
+
+
+def test_a_model_from_elsewhere_has_a_reader_of_its_own(clip, tmp_path):
+    write_tensors(tmp_path/'model.safetensors', weights(clip), config=dict(clip.config, origin={}))
+    with pytest.raises(InvertuneError, match='open_checkpoint reads it'): load_clip(tmp_path/'model.safetensors')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
