@@ -157,9 +157,9 @@ class _Line:
 
 # %% ../nbs/method/20_command.ipynb #2000000b
 _BUDGETS = dict(
-    quick=dict(images=200, identify=dict(families=('field','patch','flow'), draws=8, steps=8, short=5, share=.5, least=8),
+    quick=dict(images=200, identify=dict(families=('field','patch','flow'), draws=8, steps=8, short=4, share=.5, least=8),
                invert=dict(keep=2, steps=16), controls=2, again=False),
-    normal=dict(images=500, identify=dict(draws=16, short=6, share=.5, stride=36), invert={}, controls=4, again=True),
+    normal=dict(images=500, identify=dict(draws=12, short=6, share=.5, stride=40), invert={}, controls=4, again=True),
     thorough=dict(images=2000, identify=dict(least=16), invert={}, controls=8, again=True))
 
 @dataclass

@@ -21,12 +21,12 @@ def _simulate(
     case:Case, # the model under test and clean images
     trigger:Trigger, # what moves the images
     seed:int=0, # what it was made with, for the record
-    n:int=512, # images to measure it on, at most
+    n:int=512, # images to measure it on, at most; the diluted one on a quarter of so many
     strength:float=.5, # of the diluted one
 )->dict: # family, seed, clean_share [C], adv_share [C], diluted: mean log probabilities [C]
     "Where a perturbation sends the images of `select`, and where it still sends them at half its strength."
     images,f,_ = case.part('select', n)
-    weak = log_probabilities(embed(case.clip, images, diluted(trigger, strength)), case.head.cpu()).mean(0)
+    weak = log_probabilities(embed(case.clip, images[:max(1, n//4)], diluted(trigger, strength)), case.head.cpu()).mean(0)
     return dict(family=trigger.meta['family'], seed=seed, clean_share=class_shares(f, case.head),
                 adv_share=class_shares(embed(case.clip, images, trigger), case.head), diluted=weak)
 
@@ -180,7 +180,7 @@ def identify(
     drawn = _draws(case, families, draws, share, size, stride, gen, seed)
     best = [triggers[alikeness(e).argmax()] for triggers,e in drawn.values()]
     made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, round(32 * share), seed=seed) for t in best]
-    sims,gap = [_simulate(case, t, seed, round(128 * share)) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
+    sims,gap = [_simulate(case, t, seed, round(512 * share)) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
     leads = _leads(sims)
     asked = _asked(case, sims, gap, named, least, gen)
     ways = _ways(case, drawn, asked, short, share, seed)
