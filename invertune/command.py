@@ -157,9 +157,9 @@ class _Line:
 
 # %% ../nbs/method/20_command.ipynb #2000000b
 _BUDGETS = dict(
-    quick=dict(images=200, identify=dict(families=('field','patch','flow','place')), invert=dict(keep=2, steps=16),
-               controls=2, again=False),
-    normal=dict(images=500, identify={}, invert={}, controls=4, again=True),
+    quick=dict(images=200, identify=dict(families=('field','patch','flow'), draws=8, steps=8, short=4, share=.5, least=8),
+               invert=dict(keep=2, steps=16), controls=2, again=False),
+    normal=dict(images=500, identify=dict(draws=12, short=6, share=.5, stride=40), invert={}, controls=4, again=True),
     thorough=dict(images=2000, identify=dict(least=16), invert={}, controls=8, again=True))
 
 @dataclass
@@ -329,11 +329,11 @@ def _clean(
         target = case.index(verdict.target)
         for rate in [params['tune']['lr']] if 'lr' in params['tune'] else _RATES:
             _say('remove it')
-            steps = params | dict(identify=verdict.identification, tune=params['tune'] | dict(lr=rate))
+            steps = dict(identify=verdict.identification, invert=bank or params['invert'], tune=params['tune'] | dict(lr=rate))
             tuned, found = defend('invertune', task.clip, task.defender, task.seed, **steps)
+            bank = found['bank']
             told = _told(task, case, tuned, held, found, target)
             if told['removed'] or told['failed']: break
-        bank = found['bank']
         rows = _controls(case, target, bank[0], task.budget['controls']) if len(bank) else []
         samples = _samples(case, bank[0]) if len(bank) else []
     else: told = _compared(case.clip, tuned, held, None, 0) | _UNTOUCHED

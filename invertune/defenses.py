@@ -179,13 +179,13 @@ def invertune_paper_given(
 def invertune(
     case:Case, # the model under test, seen with the defender's images
     identify:dict|step1.Identification={}, # parameters of `identify`, or what it has found already
-    invert:dict={}, # of `invert`
+    invert:dict|Bank={}, # of `invert`, or what it has found already
     tune:dict={}, # of `tune`
 )->tuple[Clip, dict]: # see `defend`
     "Our InverTune."
     seed = dict(seed=case.seed)
     found = identify if isinstance(identify, step1.Identification) else step1.identify(case, **seed | identify)
-    bank = step2.invert(case, found.target, **seed | invert)
+    bank = invert if isinstance(invert, Bank) else step2.invert(case, found.target, **seed | invert)
     tuned,report = _tuned(case, found.target, bank, step3.tune, tune)
     return tuned,report | dict(identification=found.to_dict())
 

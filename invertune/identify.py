@@ -21,12 +21,12 @@ def _simulate(
     case:Case, # the model under test and clean images
     trigger:Trigger, # what moves the images
     seed:int=0, # what it was made with, for the record
-    n:int=512, # images to measure it on, at most
+    n:int=512, # images to measure it on, at most; the diluted one on a quarter of so many
     strength:float=.5, # of the diluted one
 )->dict: # family, seed, clean_share [C], adv_share [C], diluted: mean log probabilities [C]
     "Where a perturbation sends the images of `select`, and where it still sends them at half its strength."
     images,f,_ = case.part('select', n)
-    weak = log_probabilities(embed(case.clip, images[:128], diluted(trigger, strength)), case.head.cpu()).mean(0)
+    weak = log_probabilities(embed(case.clip, images[:max(1, n//4)], diluted(trigger, strength)), case.head.cpu()).mean(0)
     return dict(family=trigger.meta['family'], seed=seed, clean_share=class_shares(f, case.head),
                 adv_share=class_shares(embed(case.clip, images, trigger), case.head), diluted=weak)
 
@@ -104,14 +104,14 @@ def identify_paper(
     return Identification(case.classes, target, 'corner', sure, [found], [])
 
 # %% ../nbs/method/11_identify.ipynb #af4bc689
-def _draws(case, families, number, n, size, stride, gen, seed):
+def _draws(case, families, number, share, size, stride, gen, seed):
     "{family: (draws, embeddings [number,n,D] of images under them)}; patches at the best places; pixels at 224."
-    side,x = case.images.shape[-1], pixels(case.fit[:n], case.clip.device)
+    side,x = case.images.shape[-1], pixels(case.fit[:round(16 * share)], case.clip.device)
     def members(family):
         if family != 'place': return [random_perturbation(family, side, gen) for _ in range(number)]
         s = scaled(size, side)
         found = search_places(case, place_grid(side, s, scaled(stride, side)), s, alikeness_loss, alikeness,
-                              per=4, judged=8, seed=seed)
+                              per=round(4 * share), judged=8, seed=seed)
         return [found.trigger(i, 'place') for i in found.best(4)]
     drawn = {family: members(family) for family in families}
     return {family: (triggers, embed_draws(case.clip, x, triggers)) for family,triggers in drawn.items()}
@@ -154,11 +154,11 @@ def _asked(case, sims, gap, named, least, gen):
     known = list(dict.fromkeys(told))
     return known + [c for c in others if c not in known][:max(0, least - len(known))]
 
-def _ways(case, drawn, asked, steps, bs, seed):
+def _ways(case, drawn, asked, steps, share, seed):
     "How far a short perturbation of each family gets towards each class: log probabilities [asked,families]."
     def way(c, triggers, e):
         best = triggers[log_probabilities(e, case.head)[...,c].mean(-1).argmax()]
-        return shortcut(case, c, best, steps, bs, seed)
+        return shortcut(case, c, best, steps, round(16 * share), seed, round(64 * share))
     return torch.tensor([[way(c, *pair) for pair in drawn.values()] for c in progress(asked, desc='ask', unit='class')])
 
 def identify(
@@ -166,6 +166,8 @@ def identify(
     families:tuple=(*FAMILIES,'place'), # which simulations
     draws:int=24, # random members of each
     steps:int=12, # of each simulation
+    short:int=8, # steps of each way to a class that is asked
+    share:float=1., # of the images that each of these steps and looks takes, from .25 to 1: less is quicker, and noisier
     named:int=1, # candidates that each simulation and the gap name
     least:int=12, # classes that are asked, at least: candidates and controls
     size:float=32, # side of the patches, in pixels at 224
@@ -175,13 +177,13 @@ def identify(
     "Ours: every family names a candidate, and so does the gap; who is easier to reach than others is the target."
     for family in families: check_choice('family of perturbations', family, (*FAMILIES,'place'))
     gen = torch.Generator().manual_seed(seed)
-    drawn = _draws(case, families, draws, 16, size, stride, gen, seed)
+    drawn = _draws(case, families, draws, share, size, stride, gen, seed)
     best = [triggers[alikeness(e).argmax()] for triggers,e in drawn.values()]
-    made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, 32, seed=seed) for t in best]
-    sims,gap = [_simulate(case, t, seed) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
+    made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, round(32 * share), seed=seed) for t in best]
+    sims,gap = [_simulate(case, t, seed, round(512 * share)) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
     leads = _leads(sims)
     asked = _asked(case, sims, gap, named, least, gen)
-    ways = _ways(case, drawn, asked, 8, 16, seed)
+    ways = _ways(case, drawn, asked, short, share, seed)
     easier,at = (ways - ways.median(0).values).max(1)
     scores = easier + leads[asked] + gap[asked]
     told = [dict(index=c, family=families[f], gap=gap[c].item(), lead=leads[c].item(), score=s,

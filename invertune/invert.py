@@ -127,12 +127,22 @@ def _nearest(case, target, n=64):
 
 def _dual_space_loss(f, x2, x, mask, head, target, near, weights=(5., .5, 1., .01)):
     "The published inversion loss of x' = x2 with embeddings f; weights of its text, image, SSIM and mask terms."
-    image = (f - near[torch.arange(len(f)) % len(near)]).norm(dim=1).mean()
+    image = (f - near).norm(dim=1).mean()
     side = x.shape[-1]
     rows = (a.contiguous(memory_format=torch.channels_last) for a in (x2, x)) # half the time of rows first
     hidden = 1 - ssim(*rows, data_range=1., win_size=min(11, side // 4 * 2 - 1))
     terms = target_loss(head, target)(f), image, hidden, (224/side)**2 * mask.sum()
     return sum(w*t for w,t in zip(weights, terms))
+
+def _dual_space_step(clip, x, mask, pattern, head, target, near):
+    "The published loss of a batch, a mean over its images, and its gradients by mask and pattern, in micro-batches."
+    loss,grads,n = 0., [0., 0.], images_at_once(clip)
+    near = near[torch.arange(len(x)) % len(near)]
+    for part,aims in zip(x.split(n), near.split(n)):
+        x2,share = apply_mask(part, mask, pattern), len(part) / len(x)
+        mean = share * _dual_space_loss(clip.encode_image(x2), x2, part, mask, head, target, aims)
+        loss,grads = loss + mean.item(), [a + g for a,g in zip(grads, torch.autograd.grad(mean, [mask, pattern]))]
+    return loss,grads
 
 # %% ../nbs/method/12_invert.ipynb #5ca44c11
 def invert_paper(
@@ -155,11 +165,9 @@ def invert_paper(
     opt,looks = torch.optim.Adam([mask, pattern], lr=lr), []
     for step in progress(range(1, steps+1), desc='invert (paper)', unit='step'):
         x = pixels(case.fit[torch.randperm(len(case.fit), generator=gen)[:bs]], clip.device)
-        x2 = apply_mask(x, mask, pattern)
-        loss = _dual_space_loss(clip.encode_image(x2), x2, x, mask, head, target, near)
-        mask.grad,pattern.grad = torch.autograd.grad(loss, [mask, pattern]); opt.step()
+        loss,(mask.grad,pattern.grad) = _dual_space_step(clip, x, mask, pattern, head, target, near); opt.step()
         with torch.no_grad(): mask.clamp_(0, 1); pattern.clamp_(0, 1)
-        if step % every == 0 or step == steps: looks.append(_look(case, target, mask, pattern, step, loss.item()))
+        if step % every == 0 or step == steps: looks.append(_look(case, target, mask, pattern, step, loss))
     return _kept(case, target, looks, budget, limit, gate)
 
 # %% ../nbs/method/12_invert.ipynb #60032d03

@@ -8,7 +8,7 @@ __all__ = ['WEIGHTS', 'MOVER', 'tune_paper', 'tune']
 # %% ../nbs/method/13_tune.ipynb #fd053d52
 import copy, torch
 import torch.nn.functional as F
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from sklearn.cluster import KMeans
 from types import SimpleNamespace
 from .defender import *
@@ -26,11 +26,11 @@ def _mean_activations(
     clip:Clip, # the model under test
     images:torch.Tensor, # uint8 [N,3,H,W]
     change:Trigger|None=None, # a function of pixels
-    bs:int=128, # batch size
+    bs:int=128, # batch size, at most
 )->dict[str, torch.Tensor]: # {layer: the mean over images of its output}
     "The mean activation of every named layer."
     total,clip = {}, clip.eval()
-    for part in images.split(bs):
+    for part in images.split(min(bs, images_at_once(clip))):
         x = pixels(part, clip.device)
         with Activations(clip) as acts: clip.encode_image(x if change is None else change(x))
         for n,a in acts.items(): total[n] = total.get(n, 0) + a.sum(0).cpu()
@@ -88,9 +88,9 @@ def _limit_rows(
 )->tuple[list, list]: # the parameters to train, handles of their hooks
     "Train the selected layers alone, and in tensors of the layer's width only the rows of critical channels."
     for p in clip.parameters(): p.requires_grad_(False)
-    params,hooks,dim = [], [], 0 if is_resnet(clip) else -1
+    params,hooks = [], []
     for name,mask in masks.items():
-        rows = mask.transpose(0, dim).flatten(1).any(1).float().to(clip.device)
+        rows = mask.movedim(0 if mask.ndim == 3 else -1, 0).flatten(1).any(1).float().to(clip.device)
         for p in named_layers(clip)[name].parameters():
             p.requires_grad_(True); params.append(p)
             if len(p) == len(rows): hooks.append(p.register_hook(lambda g, r=rows: g * r.view(-1, *[1]*(g.ndim-1))))
@@ -109,12 +109,12 @@ def _published_loss(
 # %% ../nbs/method/13_tune.ipynb #f536acd5
 def _optimise(
     opt:torch.optim.Optimizer, # over the parameters that are trained
-    loss:torch.Tensor, # scalar
+    losses:Iterable[torch.Tensor], # scalars to be added up, one for each micro-batch
     where:str, # what is running
 )->None:
     "One step with gradients clipped at norm 1."
-    check_finite(loss.item(), where)
-    opt.zero_grad(); loss.backward()
+    opt.zero_grad()
+    for loss in losses: check_finite(loss.item(), where); loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], 1.)
     opt.step()
 
@@ -156,7 +156,7 @@ def tune_paper(
         with Activations(tuned, found['masks']) as a: f = tuned.encode_image(x)
         with Activations(tuned, found['masks']) as b: tuned.encode_image(trigger(x))
         act,keep = _published_loss(a, b, found['masks']), (f - f0[idx].to(f.device)).norm(dim=1).mean()
-        _optimise(opt, act + preserve*keep, 'tune (paper)')
+        _optimise(opt, [act + preserve*keep], 'tune (paper)')
         curve.append(dict(step=step+1, activation=act.item(), preserve=keep.item()))
     for h in hooks: h.remove()
     for p,p0 in zip(tuned.parameters(), case.clip.parameters()): p.requires_grad_(p0.requires_grad)
@@ -269,6 +269,24 @@ def _loss_terms(
                 embedding=((e2 - e0) @ aims.T - margin).clamp(min=0).amax(1).mean(),
                 restore=_decision_loss(e2, e0, head), preserve=(e - e0).norm(dim=1).mean(),
                 decision=_decision_loss(e, e0, head))
+
+def _micro_batches(
+    tuned:Clip, # the model in training
+    f0:Clip, # the model as received
+    x:torch.Tensor, # pixels of clean images [bs,3,H,W]
+    x2:torch.Tensor, # the same with a trigger
+    found:dict, # from `_inspect_layers`
+    head:torch.Tensor, # zero-shot head [C,D]
+    aims:torch.Tensor, # see `_loss_terms`
+    weights:dict, # see `WEIGHTS`
+    told:dict, # {name: float}, the terms, which are added up here
+)->Iterator[torch.Tensor]: # of each micro-batch its share of the loss; all terms are means over images
+    "The loss in as many parts as memory asks for."
+    n = max(1, images_at_once(tuned) // 2)
+    for a,b in zip(x.split(n), x2.split(n)):
+        terms,share = _loss_terms(tuned, f0, a, b, found['masks'], head, aims, weights['margin']), len(a) / len(x)
+        for k,v in terms.items(): told[k] = told.get(k, 0.) + share * v.item()
+        yield share * sum(weights[k]*v for k,v in terms.items())
 
 # %% ../nbs/method/13_tune.ipynb #27d61a59
 def _restarted(
@@ -456,9 +474,8 @@ def tune(
     for step in progress(range(s.steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
         x2 = _step_triggered(tuned, x, step, bank, pool, families, heads, target, gen, s.mover).detach()
-        terms = _loss_terms(tuned, case.clip, x, x2, found['masks'], head, aims, s.weights['margin'])
-        _optimise(opt, sum(s.weights[k]*v for k,v in terms.items()), 'tune'); sched.step()
+        curve.append(told := dict(step=step+1))
+        _optimise(opt, _micro_batches(tuned, case.clip, x, x2, found, head, aims, s.weights, told), 'tune'); sched.step()
         if s.follow: _follow_bn_stats(tuned, x)
-        curve.append(dict(step=step+1) | {k: v.item() for k,v in terms.items()})
     if s.follow: _update_bn_stats(tuned, images)
     return tuned,_tuning_report(tuned, case, bank[0], found, curve)

@@ -23,9 +23,10 @@ import open_clip
 from invertune import command as module, verdict
 from invertune.checkpoint import _tiny_model, open_checkpoint
 from invertune.command import clean_model, run_command, scan_model
+from invertune.defender import Defender
 from invertune.identify import identify
 from invertune.lab.profiles import ROOT
-from invertune.model import save_clip, tiny_clip
+from invertune.model import Clip, save_clip, tiny_clip
 from invertune.report import Report, _facts
 from invertune.runtime import InvertuneError
 from invertune.triggers import load_trigger
@@ -466,3 +467,14 @@ def test_a_removal_that_fails_is_tried_once_more_with_a_larger_rate(small, short
         _, report = clean_model(small.bad, small.defender, budget='quick', invert=step2, tune=given)
         assert [rate for rate, _ in tried] == rates and not report.facts['cleaning']['removed']
         assert all(clip is tried[0][1] for _, clip in tried)
+
+
+@pytest.mark.parametrize('budget, most', [('quick', 3000), ('normal', 12000)])
+def test_a_scan_makes_few_passes(monkeypatch, budget, most):
+    "Images that go through the model, whatever its side and the number of names."
+    seen, encode = [], Clip.encode_image
+    monkeypatch.setattr(Clip, 'encode_image', lambda self, x: seen.append(len(x)) or encode(self, x))
+    b, clip = module._BUDGETS[budget], tiny_clip(image_size=64, width=4, layers=(1, 1, 1, 1))
+    images = torch.randint(256, (b['images'], 3, 64, 64), dtype=torch.uint8)
+    verdict.scan(clip, Defender(images, ['']*len(images), [f'class {i}' for i in range(40)], ['a {}']), **b['identify'])
+    assert most/2 < sum(seen) <= most

@@ -25,6 +25,14 @@ def paper(case): return invert_paper(case, 4, seed=1)
 
 # The published inversion
 
+def test_micro_batches_invert_as_the_whole_does(case, monkeypatch):
+    whole = invert_paper(case, 4, steps=5)
+    monkeypatch.setattr(step2, 'images_at_once', lambda clip: 10)
+    parts = invert_paper(case, 4, steps=5)
+    for k, v in whole[0].tensors.items(): assert torch.allclose(v, parts[0].tensors[k], atol=1e-3)
+    assert whole.report['curve'][-1]['loss'] == pytest.approx(parts.report['curve'][-1]['loss'], rel=1e-3)
+
+
 def test_the_kept_mask_is_small(paper):
     "About the published share of the image, 1 %; never more than 5 %. At the first looks it hides a third."
     assert paper.share() <= .05 and paper.mask().sum() == pytest.approx(paper.share() * 32*32)

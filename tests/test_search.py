@@ -8,10 +8,10 @@ import torch
 from invertune import search
 from invertune.defender import Case
 from invertune.metrics import embed
-from invertune.model import Clip, pixels
+from invertune.model import Clip, pixels, tiny_clip
 from invertune.runtime import InvertuneError
 from invertune.search import (FAMILIES, FREE_TENSORS, TEMPERATURE, alikeness, alikeness_loss, class_shares, embed_draws,
-                              log_probabilities, place_grid, random_perturbation, search_places, sign_step, target_loss,
+                              images_at_once, log_probabilities, place_grid, random_perturbation, search_places, sign_step, target_loss,
                               target_probability, text_image_gap, universal_perturbation)
 from invertune.triggers import Trigger, load_trigger
 
@@ -122,6 +122,30 @@ def test_a_perturbation_does_what_it_is_asked_for(case, family):
     assert all(torch.equal(v, again.tensors[k]) for k, v in made.tensors.items())
 
 
+# Micro-batches
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('loss', [lambda head: target_loss(head, 4), lambda head: alikeness_loss], ids=['class', 'alike'])
+def test_micro_batches_have_the_gradient_of_the_whole(case, monkeypatch, family, loss):
+    "Even of a loss that looks at all embeddings at once."
+    x, t = pixels(case.fit[:11]), random_perturbation(family, 32)
+    free = {k: v.clone().requires_grad_() for k, v in t.tensors.items() if k in FREE_TENSORS[t.kind]}
+    change = lambda x: Trigger(t.kind, t.tensors | free)(x)
+    def grads(n):
+        monkeypatch.setattr(search, 'images_at_once', lambda clip: n)
+        return search._gradients(case.clip, change, x, loss(case.head), list(free.values()))
+    for whole, parts in zip(grads(11), grads(3)):
+        assert (whole - parts).norm() < 1e-4 * whole.norm() and whole.norm() > 0
+
+
+def test_memory_is_asked_of_the_model():
+    "Four times the pixels keep about four times the memory; a model is asked once, and has no gradient after it."
+    small, large = (tiny_clip(image_size=s, width=8) for s in (32, 64))
+    few, many = images_at_once(large), images_at_once(small)
+    assert 3 < many / few < 4.5 and search._KEPT[large] * few <= search._ROOM < search._KEPT[large] * (few + 1)
+    assert all(p.grad is None for p in large.parameters())
+
+
 def test_unknown_family():
     with pytest.raises(InvertuneError, match="Unknown family of perturbations 'fog'"): random_perturbation('fog', 32)
 
@@ -184,6 +208,7 @@ def test_groups_change_nothing(case):
 @pytest.mark.parametrize('chunk', [16, 48])
 def test_no_more_images_at_once_than_allowed(case, monkeypatch, chunk):
     "The scan of 225 places asks no larger batch of the model than that of 16, whatever the number of places."
+    images_at_once(case.clip)  # once asked, it is known of this model
     seen, encode = [], Clip.encode_image
     monkeypatch.setattr(Clip, 'encode_image', lambda self, x: seen.append(len(x)) or encode(self, x))
     goal = target_loss(case.head, 4), target_probability(case.head, 4)

@@ -50,6 +50,20 @@ def tuned(case, bank):
     return before, dict(paper=paper, ours=ours)
 
 
+def test_micro_batches_have_the_gradient_of_the_whole(case, bank, monkeypatch):
+    x, found = pixels(case.images[:11]), _inspect_layers(case.clip, case.images, bank[0])
+    def grads(n):
+        monkeypatch.setattr(step3, 'images_at_once', lambda clip: n)
+        tuned, told = _absorb_bn_stats(case.clip, case.images), {}
+        with torch.no_grad(): tuned.model.visual.conv1.weight *= 1.1  # or all of `preserve` would be noise
+        parts = step3._micro_batches(tuned, case.clip, x, bank[0](x), found, case.head, case.head[4:5], step3.WEIGHTS, told)
+        for loss in parts: loss.backward()
+        return [p.grad for p in tuned.model.visual.parameters()], told
+    (whole, terms), (parts, same_terms) = grads(22), grads(8)
+    assert terms == pytest.approx(same_terms, abs=1e-5) and terms['activation'] > 0 < terms['preserve']
+    for a, b in zip(whole, parts): assert (a - b).norm() <= 1e-3 * a.norm() + 1e-6
+
+
 @pytest.mark.parametrize('name', ['paper', 'ours'])
 def test_what_came_in_is_as_it_was(tuned, case, bank, name):
     "The model, its hooks, the images, the bank. What comes out differs, can be trained on, and its report is JSON."
