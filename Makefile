@@ -5,6 +5,8 @@
 # make selection  how the hyper-parameters were chosen, on a seed that is never reported
 # make durability what clean fine-tuning brings back, for every defense
 # make unseen     a population of triggers that the defenses were not made for; make unseen-quick: a dozen of them
+# make rates      fewer poisoned pairs: which attacks still take, and are found
+# make adaptive   attackers who know the defense, under every defense
 # make ablations  what each part of the method is worth
 # make scarce     how few clean images are enough
 # make domains    photographs for a model of pictograms, or the reverse (PHOTOS as above)
@@ -23,7 +25,7 @@ PHOTOS  ?=
 PROFILE ?= $(if $(PHOTOS),mine)
 BIN     := .venv/bin
 READY   := .venv/ready
-EXPERIMENTS := seeds selection durability unseen ablations scarce domains verdict
+EXPERIMENTS := seeds selection durability unseen rates adaptive ablations scarce domains verdict
 SAID    := $(if $(PROFILE),--profile $(PROFILE))
 
 export HF_HUB_OFFLINE = 1

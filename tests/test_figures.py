@@ -96,6 +96,11 @@ DATA = dict(
     unseen=dict(rows=[r | dict(kind=r['attack'], images=0, took=True,
                                side='held out' if r['attack'] == 'sig' else 'development') for r in grid()], missing=0,
                 pictures={name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ('as it was', *ATTACKS)}),
+    rates=[row(a, n, share=s, poisons=round(6000*s), score=9*s**.3, alarm=s > .01, asr=min(1., 6*s**.5) if n == 'none' else .01)
+           for a in ATTACKS for s in (.003, .05, .2) for n in ('none', 'invertune')],
+    adaptive=[row(a, n, attacker=who, gap=.5, score=4. if n == 'invertune' else None, asr=s,
+                  ca=.1 if (who, n) == ('evading', 'invertune-paper') else .9)
+              for who in ('aligned', 'evading', 'anchored') for a in ('badnet', 'wanet') for n, s in LEFT.items()],
     ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
                          for a in ATTACKS for v, s in (('undefended', .9), ('whole', .02), ('no margin', .1))],
                    truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),
