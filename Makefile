@@ -11,6 +11,7 @@
 # make scarce     how few clean images are enough
 # make domains    photographs for a model of pictograms, or the reverse (PHOTOS as above)
 # make verdict    backdoored or not: a zoo of small models, and how often the verdict is right about them
+# make scale      the command with its defaults on models of three sizes: two hours more, most of them to train
 # make check      do the rows of the main table, and their order, hold against the committed one?
 # make test       everything that can be checked in half an hour
 # make bench      how fast, as ratios to one plain pass of the model, and beside busy neighbours
@@ -34,7 +35,7 @@ ifneq ($(PHOTOS),)
 export INVERTUNE_PHOTOS = $(PHOTOS)
 endif
 
-.PHONY: tour repro $(EXPERIMENTS) unseen-quick check test test-notebooks test-modules bench lab docs readme prepare outputs clean
+.PHONY: tour repro $(EXPERIMENTS) scale unseen-quick check test test-notebooks test-modules bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $(SAID)
@@ -42,6 +43,10 @@ repro: $(READY)
 # What takes longer than the main job has a command of its own, named as its notebook, its stage and its folder of results.
 $(EXPERIMENTS): $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $@ $(SAID)
+
+# One profile for each size; the last one's page shows all of them.
+scale: $(READY)
+	@for size in small medium glyphs; do $(BIN)/python -m invertune.run.scheduler scale --profile $$size || exit 1; done
 
 # A drawn part of the population, and the page of what has been measured so far.
 unseen-quick: $(READY)

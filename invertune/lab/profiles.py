@@ -48,9 +48,9 @@ _PARAMS = ROOT/'params.yaml' # every number of the pipeline
 
 # %% ../../nbs/lab/00_profiles.ipynb #eb258560
 EXPERIMENTS = ('main seeds selection durability unseen rates adaptive ablations scarce domains '
-               'verdict').split() # each has a page
+               'verdict scale').split() # each has a page
 STAGES = ('data train poison plant defend evaluate selection durability unseen rates adaptive ablations scarce domains '
-          'zoo verdict report').split() # in the order of dvc.yaml
+          'zoo verdict scale report').split() # in the order of dvc.yaml
 
 # %% ../../nbs/lab/00_profiles.ipynb #66eacff4
 def result_dir(

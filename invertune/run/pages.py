@@ -166,7 +166,8 @@ CLAIMS = {  # an experiment's word -> what its results show
     'ablations': 'What carries the result, part by part',
     'scarce': 'How few clean images are enough',
     'domains': 'What clean images of another domain do',
-    'verdict': 'How often a verdict tells backdoored models from clean ones, and names the right label'}
+    'verdict': 'How often a verdict tells backdoored models from clean ones, and names the right label',
+    'scale': 'Whether the command, with its defaults, does the same in larger models'}
 
 def said(
     profile:str, # such as 'glyphs'
