@@ -21,6 +21,7 @@ from ..defenses import DEFENSES, defend
 from .style import WIDTH, figure, legend, look
 from .profiles import result_dir, stage_params
 from .tables import Experiment, is_lost, kept_rows, rank, read_rows, shown_name
+from .unseen import _score
 from .victim import Victim
 from ..metrics import embed
 from ..model import *
@@ -28,7 +29,7 @@ from ..runtime import check_choice, progress
 from ..search import FAMILIES, TEMPERATURE, log_probabilities, target_loss, text_image_gap
 from ..train import clip_loss, fit
 from ..tune import MOVER, _others
-from ..verdict import _THRESHOLD, _stands_out
+from ..verdict import _THRESHOLD
 
 # %% ../../nbs/lab/18_adaptive.ipynb #18a00005
 @dataclass
@@ -127,11 +128,6 @@ def _attacked(victim, who, recipe):
     return Victim(victim.dataset, victim.seed, victim.attack, victim.clean, made, [trigger], victim.n_images)
 
 # %% ../../nbs/lab/18_adaptive.ipynb #18a0000e
-def _score(report):
-    "How far the named label stands out, where a defence has asked several."
-    scores = [c['score'] for c in report.get('identification', {}).get('candidates', [])]
-    return _stands_out(scores) if len(scores) > 3 else None
-
 def _measure(victim, who, recipe, params):
     "Rows of the attacked model and of every defence."
     own = _attacked(victim, who, recipe)
