@@ -15,6 +15,7 @@
 # make check      do the rows of the main table, and their order, hold against the committed one?
 # make test       everything that can be checked in half an hour
 # make bench      how fast, as ratios to one plain pass of the model, and beside busy neighbours
+#                 SIZE=RN50 for a scan of a model of real size
 # make lab        JupyterLab on the notebooks
 # make docs       the site of all notebooks and results, in _docs/
 # make prepare    what to run before a commit: modules, clean notebooks, pages
@@ -83,7 +84,7 @@ test-modules: $(READY)
 	@$(BIN)/python -m pytest -q tests $(patsubst %,--ignore tests/test_%.py,sync house layers smoke)
 
 bench: $(READY)
-	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m invertune.lab.speed
+	@$(if $(SIZE),,OMP_NUM_THREADS=1) TQDM_DISABLE=1 $(BIN)/python -m invertune.lab.speed $(if $(SIZE),--size $(SIZE))
 
 lab: $(READY)
 	$(BIN)/jupyter lab $$(test $$(id -u) -ne 0 || echo --allow-root) nbs
