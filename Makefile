@@ -5,13 +5,17 @@
 # make selection  how the hyper-parameters were chosen, on a seed that is never reported
 # make durability what clean fine-tuning brings back, for every defense
 # make unseen     a population of triggers that the defenses were not made for; make unseen-quick: a dozen of them
+# make rates      fewer poisoned pairs: which attacks still take, and are found
+# make adaptive   attackers who know the defense, under every defense
 # make ablations  what each part of the method is worth
 # make scarce     how few clean images are enough
 # make domains    photographs for a model of pictograms, or the reverse (PHOTOS as above)
 # make verdict    backdoored or not: a zoo of small models, and how often the verdict is right about them
+# make scale      the command with its defaults on models of three sizes: two hours more, most of them to train
 # make check      do the rows of the main table, and their order, hold against the committed one?
 # make test       everything that can be checked in half an hour
 # make bench      how fast, as ratios to one plain pass of the model, and beside busy neighbours
+#                 SIZE=RN50 for a scan of a model of real size
 # make lab        JupyterLab on the notebooks
 # make docs       the site of all notebooks and results, in _docs/
 # make prepare    what to run before a commit: modules, clean notebooks, pages
@@ -23,7 +27,7 @@ PHOTOS  ?=
 PROFILE ?= $(if $(PHOTOS),mine)
 BIN     := .venv/bin
 READY   := .venv/ready
-EXPERIMENTS := seeds selection durability unseen ablations scarce domains verdict
+EXPERIMENTS := seeds selection durability unseen rates adaptive ablations scarce domains verdict
 SAID    := $(if $(PROFILE),--profile $(PROFILE))
 
 export HF_HUB_OFFLINE = 1
@@ -32,7 +36,7 @@ ifneq ($(PHOTOS),)
 export INVERTUNE_PHOTOS = $(PHOTOS)
 endif
 
-.PHONY: tour repro $(EXPERIMENTS) unseen-quick check test test-notebooks test-modules bench lab docs readme prepare outputs clean
+.PHONY: tour repro $(EXPERIMENTS) scale unseen-quick check test test-notebooks test-modules bench lab docs readme prepare outputs clean
 
 repro: $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $(SAID)
@@ -40,6 +44,10 @@ repro: $(READY)
 # What takes longer than the main job has a command of its own, named as its notebook, its stage and its folder of results.
 $(EXPERIMENTS): $(READY)
 	@$(BIN)/python -m invertune.run.scheduler $@ $(SAID)
+
+# One profile for each size; the last one's page shows all of them.
+scale: $(READY)
+	@for size in small medium glyphs; do $(BIN)/python -m invertune.run.scheduler scale --profile $$size || exit 1; done
 
 # A drawn part of the population, and the page of what has been measured so far.
 unseen-quick: $(READY)
@@ -76,7 +84,7 @@ test-modules: $(READY)
 	@$(BIN)/python -m pytest -q tests $(patsubst %,--ignore tests/test_%.py,sync house layers smoke)
 
 bench: $(READY)
-	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m invertune.lab.speed
+	@$(if $(SIZE),,OMP_NUM_THREADS=1) TQDM_DISABLE=1 $(BIN)/python -m invertune.lab.speed $(if $(SIZE),--size $(SIZE))
 
 lab: $(READY)
 	$(BIN)/jupyter lab $$(test $$(id -u) -ne 0 || echo --allow-root) nbs

@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 
+import invertune.compat  # before open_clip
+import open_clip
 from invertune import tune as step3
 from invertune.defender import Case, Defender
 from invertune.invert import Bank
 from invertune.metrics import embed
-from invertune.model import load_clip, pixels, save_clip, tiny_clip
+from invertune.model import Clip, load_clip, pixels, save_clip, tiny_clip
 from invertune.runtime import InvertuneError
 from invertune.search import FAMILIES, random_perturbation, sign_step
 from invertune.triggers import Trigger
@@ -242,3 +244,17 @@ def test_a_tuning_that_diverges(case, bank):
     "An error, not a model."
     with says(r'tune \(paper\): the loss became'): tune_paper(case, 4, bank, steps=20, lr=1e25)
     with says('tune: the loss became'): tune(case, 4, bank, steps=20, lr=1e25)
+
+
+@pytest.mark.parametrize('timm_name, pool, proj', [('test_vit', 'map', 'none'), ('test_convnext', '', 'linear')])
+def test_towers_of_timm_are_tuned(small, timm_name, pool, proj):
+    "As SigLIP's and open_clip's ConvNeXt; nothing but the image tower moves."
+    vision = open_clip.model.CLIPVisionCfg(timm_model_name=timm_name, timm_pool=pool, timm_proj=proj, image_size=32)
+    text = open_clip.model.CLIPTextCfg(context_length=8, width=32, heads=1, layers=1)
+    d, clip = small.defender, Clip(open_clip.model.CLIP(64, vision, text), 8).eval()
+    case = Case(clip, Defender(d.images[:32], d.captions[:32], small.classes, small.templates))
+    bank = Bank([random_perturbation('patch', 32)], [1.])
+    for how in (tune, tune_paper):
+        made, report = how(case, 0, bank, steps=2)
+        moved = {k for k, v in made.state_dict().items() if not torch.equal(v, clip.state_dict()[k])}
+        assert moved and all(k.startswith('model.visual.') for k in moved) and report['selected']

@@ -47,9 +47,10 @@ CACHE = ROOT/'.cache'        # drawn images, failed notebooks: may be deleted at
 _PARAMS = ROOT/'params.yaml' # every number of the pipeline
 
 # %% ../../nbs/lab/00_profiles.ipynb #eb258560
-EXPERIMENTS = 'main seeds selection durability unseen ablations scarce domains verdict'.split() # each has a page
-STAGES = ('data train poison plant defend evaluate selection durability unseen ablations scarce domains zoo '
-          'verdict report').split() # in the order of dvc.yaml
+EXPERIMENTS = ('main seeds selection durability unseen rates adaptive ablations scarce domains '
+               'verdict scale').split() # each has a page
+STAGES = ('data train poison plant defend evaluate selection durability unseen rates adaptive ablations scarce domains '
+          'zoo verdict scale report').split() # in the order of dvc.yaml
 
 # %% ../../nbs/lab/00_profiles.ipynb #66eacff4
 def result_dir(

@@ -8,13 +8,17 @@ __all__ = ['benchmark']
 # %% ../../nbs/lab/13_speed.ipynb #4e55e8b7
 import argparse, copy, os, statistics, subprocess, sys, time, torch
 import pandas as pd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+from ..command import _BUDGETS
 from ..defender import Case, Defender
 from ..identify import identify, identify_paper
 from ..invert import Bank, invert, invert_paper
 from .profiles import RESULTS, ROOT, load_params
 from ..model import *
-from ..runtime import load_json
+from ..model import _published
+from ..runtime import load_json, measure
 from ..search import random_perturbation
 from ..train import clip_loss, train_clip
 from ..tune import tune, tune_paper
@@ -57,7 +61,16 @@ def _loops(
         for _ in range(4):
             clip.train().zero_grad(set_to_none=True)
             clip_loss(*clip(x, tokens), clip.scale).backward()
-    return {'plain passes': plain, 'fit': lambda: train_clip(own, images, captions, epochs=1, lr=1e-6, bs=bs)}
+    def bare():
+        for _ in range(4): clip.eval().encode_image(x).sum().backward()
+    return {'plain passes': plain, 'bare passes': bare, 'fit': lambda: train_clip(own, images, captions, epochs=1, lr=1e-6, bs=bs)}
+
+@contextmanager
+def _counted()->Iterator[list]: # of one number: the images that models have embedded inside so far
+    "Count image passes."
+    made,encode = [0], Clip.encode_image
+    def count(self, x): made[0] += len(x); return encode(self, x)
+    with patch.object(Clip, 'encode_image', count): yield made
 
 # %% ../../nbs/lab/13_speed.ipynb #d524751c
 def _steps(
@@ -67,7 +80,8 @@ def _steps(
 )->dict: # (step, whose) -> a function without arguments
     "Identification, inversion and tuning, as published and ours."
     classes = [f'{c} {d}' for c in 'red green blue gray'.split() for d in 'cat dog car cup hat pen box key'.split()]
-    case = Case(clip, Defender(_images(clip, n), ['a red anchor']*n, classes, ['a photo of a {}']))
+    own = lambda n: Case(clip, Defender(_images(clip, n), ['a red anchor']*n, classes, ['a photo of a {}']))
+    case,quick = own(n), _BUDGETS['normal']
     bank = Bank([random_perturbation(f, clip.image_size) for f in ('patch','picture')], [1.,1.])
     kw = dict(steps=steps) if steps else {}
     return {('identify', 'published'): lambda: identify_paper(case, **kw),
@@ -75,7 +89,8 @@ def _steps(
             ('invert', 'published'): lambda: invert_paper(case, 0, **kw),
             ('invert', 'ours'): lambda: invert(case, 0, **kw),
             ('tune', 'published'): lambda: tune_paper(case, 0, bank, **kw),
-            ('tune', 'ours'): lambda: tune(case, 0, bank, **kw)}
+            ('tune', 'ours'): lambda: tune(case, 0, bank, **kw),
+            ('scan', ''): lambda: identify(own(min(n, quick['images'])), **quick['identify'] | kw)}
 
 # %% ../../nbs/lab/13_speed.ipynb #5eb880bb
 def benchmark(
@@ -84,17 +99,38 @@ def benchmark(
     n:int=2000, # the defender's images
     steps:int=None, # of each optimisation; None: the defaults
     repeats:int=5, # of the short runs, after one to warm up
-)->pd.DataFrame: # seconds, as a number of image passes, and as a multiple of the published step or the plain passes
+)->pd.DataFrame: # seconds, image passes made, their time over bare passes, and over the published step (or the plain passes)
     "What our loop and the steps cost."
     clip = clip or tiny_clip()
     loops = {name: (_seconds(run), _seconds(run, repeats))[1] for name,run in _loops(clip, bs).items()}
-    took = {(name, ''): s for name,s in loops.items()}
-    took |= {key: _seconds(run) for key,run in _steps(clip, n, steps).items()}
-    plain = loops['plain passes']
-    def row(name, whose, s):
-        ratio = s / (took[name, 'published'] if whose else plain)
-        return dict(what=name, whose=whose, seconds=round(s, 2), passes=round(4*bs*s/plain), ratio=round(ratio, 2))
-    return pd.DataFrame([row(*key, s) for key,s in took.items()])
+    took = {(name, ''): (s, 4*bs) for name,s in loops.items()}
+    for key,run in _steps(clip, n, steps).items():
+        with _counted() as made: s = _seconds(run)
+        took[key] = s, made[0]
+    def row(name, whose, s, made):
+        published = took.get((name, 'published'))
+        return dict(what=name, whose=whose, seconds=round(s, 2), made=made,
+                    over_bare=round(s/made / (loops['bare passes']/(4*bs)), 2),
+                    ratio=round(s / (published[0] if published else loops['plain passes']), 2))
+    return pd.DataFrame([row(*key, *values) for key,values in took.items()])
+
+# %% ../../nbs/lab/13_speed.ipynb #3303570f
+def _real_size(
+    name:str, # an architecture of open_clip
+    names:int=1000, # class names
+    budgets:tuple=('quick','normal'), # of the command
+)->pd.DataFrame: # of each budget: images, passes, minutes, the same over bare passes, peak memory of the process
+    "What a scan costs on a model of real size."
+    clip = name if isinstance(name, Clip) else _published(name)
+    bare,classes = _loops(clip, 4)['bare passes'], [f'name {i}' for i in range(names)]
+    unit = (_seconds(bare), _seconds(bare, 3))[1] / 16
+    def row(budget):
+        n,params = (_BUDGETS[budget][k] for k in ('images','identify'))
+        own = Defender(_images(clip, n), ['']*n, classes, ['a {}'])
+        with _counted() as made, measure() as cost: s = _seconds(lambda: identify(Case(clip, own), **params))
+        return dict(budget=budget, images=n, passes=made[0], minutes=round(cost.seconds/60, 1),
+                    over_bare=round(s/made[0]/unit, 2), peak_gb=round(cost.peak_mb/1024, 1))
+    return pd.DataFrame([row(budget) for budget in budgets])
 
 # %% ../../nbs/lab/13_speed.ipynb #d2e3f405
 class _Enough(Exception): "Time is up."
@@ -178,11 +214,13 @@ def _main()->None:
     parser = argparse.ArgumentParser(description='how fast, as ratios')
     parser.add_argument('--train', nargs=3, type=float, metavar=('WORKERS','THREADS','SECONDS'),
                         help='print images a second of the training, and nothing else')
-    train = parser.parse_args().train
-    if train: return print(_throughput(int(train[0]), int(train[1]), train[2]))
+    parser.add_argument('--size', metavar='NAME', help='an architecture of open_clip: print what a scan costs on it, and nothing else')
+    told = parser.parse_args()
+    if train := told.train: return print(_throughput(int(train[0]), int(train[1]), train[2]))
+    if told.size: return print(_real_size(told.size).to_string(index=False))
     print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start')
     torch.set_num_threads(1)
-    print('\nOn one thread: seconds, the same as image passes, and over the published step (or the plain passes)')
+    print('\nOn one thread: seconds, image passes made, their time over bare passes, and over the published step (or the plain passes)')
     print(benchmark().to_string(index=False))
     print('\nImages a second of the training, alone and beside busy neighbours')
     print(_beside_others().to_string(index=False))

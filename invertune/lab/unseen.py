@@ -6,7 +6,7 @@
 __all__ = ['unseen']
 
 # %% ../../nbs/lab/07_unseen.ipynb #ec13eedc
-import sys, torch
+import sys, torch, zlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -18,8 +18,14 @@ from .style import SMALL, WIDTH, figure, legend, look
 from .tables import Experiment, is_lost, kept_rows, rank, read_rows, shown_name
 from ..model import read_tensors
 from ..runtime import InvertuneError
+from ..verdict import _THRESHOLD, _stands_out, scan
 
 # %% ../../nbs/lab/07_unseen.ipynb #28871215
+def _score(report):
+    "How far the named label stands out, where a defence has asked several classes."
+    scores = [c['score'] for c in report.get('identification', {}).get('candidates', [])]
+    return _stands_out(scores) if len(scores) > 3 else None
+
 def _defended(victim, params, sizes):
     "Rows of every defence and number of images."
     own, rows = victim.dataset['defender'], []
@@ -29,12 +35,15 @@ def _defended(victim, params, sizes):
         defender = Defender(few.images, few.captions, victim.dataset.classes, victim.dataset.templates)
         given = dict(target=victim.target) if DEFENSES[defense].needs_target else {}
         made, report = defend(defense, victim.clip, defender, victim.seed, **params[defense] | given)
-        rows += victim.rows(made, defense, report, images=n)
+        rows += victim.rows(made, defense, report, images=n, score=_score(report))
     return rows
 
 def _measure(victim, params, sizes):
     "The rows of one victim, the undefended one first."
-    rows = victim.rows(victim.clip, 'none', images=0) + (_defended(victim, params, sizes) if victim.took else [])
+    asked = params.get('invertune', {}).get('identify', {})
+    calm = scan(victim.clean, victim.defender, zlib.crc32(victim.attack.encode()) % 1000, **asked).score
+    rows = victim.rows(victim.clip, 'none', images=0, score_clean=calm)
+    if victim.took: rows += _defended(victim, params, sizes)
     return [row | dict(took=victim.took) for row in rows]
 
 # %% ../../nbs/lab/07_unseen.ipynb #85fe6728
@@ -117,14 +126,25 @@ def _rows_table(data):
     table = pd.DataFrame([line(row) for row in data['rows']]).rename(columns=dict(side='split', seed='victim'))
     return table.drop(columns=[k for k in ('asr_in','asr_out','asr_alone') if table[k].isna().all()])
 
+def _verdict(rows):
+    "Detections, false alarms and AUROC of some rows, fractions; {} where nothing was asked."
+    ours = [row for row in rows if row['defense'] == 'invertune' and row['images'] == 0 and row['target']]
+    hit = [row.get('score') for row in ours]
+    calm = [row['score_clean'] for row in rows if row.get('score_clean') is not None]
+    if not calm or not hit or None in hit: return {}
+    alarms = [row for row in ours if row['score'] > _THRESHOLD]
+    return dict(detected=_mean([s > _THRESHOLD for s in hit]), false_alarms=_mean([s > _THRESHOLD for s in calm]),
+                auroc=_mean([(h > c) + .5*(h == c) for h in hit for c in calm]),
+                label=_mean([_is_named(row) for row in alarms]) if alarms else 0., models=len(hit) + len(calm))
+
 def _summary(data, defense='invertune'):
     "The result: the held-out kinds under one defence with all images, fractions."
     rows = [row for row in data['rows'] if (row['side'], row['defense'], row['images'], row['took'])
             == ('held out', defense, 0, True)]
     keys = ('named','asr_mean','asr_over_10','robust_gap_mean','ca_drop_mean','runs','kinds','failed','lost')
     told = _counted(rows, _undefended(data['rows'])) if rows else dict.fromkeys(keys) | dict(runs=0, kinds=0)
-    rounded = {k: round(told[k], 4) if isinstance(told[k], float) else told[k] for k in keys}
-    return rounded | dict(missing=data['missing'])
+    told = {k: told[k] for k in keys} | _verdict([row for row in data['rows'] if row['side'] == 'held out'])
+    return {k: round(v, 4) if isinstance(v, float) else v for k,v in told.items()} | dict(missing=data['missing'])
 
 # %% ../../nbs/lab/07_unseen.ipynb #b39d1824
 def _strip(ax, y, rows, key):
@@ -221,6 +241,9 @@ def _said(data):
     planted, held = list(before.values()), [row for row in rows if row['side'] == 'held out' and row['defense'] != 'none']
     said = [f"{len(planted)} triggers of {len({row['kind'] for row in planted})} kinds were planted; "
             f"{sum(not row['took'] for row in planted)} did not take, {data['missing']} are still to be planted."]
+    if told := _verdict([row for row in rows if row['side'] == 'held out']):
+        said.append("Held-out kinds, the verdict: {detected:.0%} of the backdoors detected, the right label in {label:.0%} of "
+                    "these, {false_alarms:.0%} false alarms, AUROC {auroc:.3f}.".format(**told))
     said += [_sentence(*key, own, before) for key, own in _groups(held, 'defense', 'images').items()]
     if all(row['target'] for row in planted): return said
     return [*said, 'An attack without a target has no ASR: it is measured by the triggered images that are still read, '

@@ -16,7 +16,7 @@ from ..defenses import defend
 from .profiles import result_dir
 from .style import SMALL, WIDTH, figure
 from .tables import Experiment, wilson
-from .zoo import zoo_measure, zoo_models
+from .zoo import _zoo_measure, zoo_models
 from ..model import load_clip
 from ..runtime import load_json
 
@@ -26,7 +26,7 @@ def _measure(row, group, seed=0, **params):
     if not row['alarm']: return 0.
     path = next(path for name,_,path,_ in zoo_models(group) if name == row['name'])
     tuned,_ = defend('invertune', load_clip(path), group.defender, seed, **params)
-    return row['ca'] - zoo_measure(group, tuned)['ca']
+    return row['ca'] - _zoo_measure(group, tuned)['ca']
 
 # %% ../../nbs/lab/12_verdict.ipynb #3e5f1461
 def _auroc(rows):

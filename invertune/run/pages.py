@@ -161,10 +161,13 @@ CLAIMS = {  # an experiment's word -> what its results show
     'selection': 'How every hyper-parameter was chosen, on a seed and targets that no table reports',
     'durability': 'How much of a removed backdoor fine-tuning on clean pairs brings back',
     'unseen': 'A population of drawn triggers that no defense was made for, read on held-out kinds',
+    'rates': 'How few poisoned pairs make a backdoor, and whether a weak one is still found',
+    'adaptive': 'Attackers who know the defense: what holds and what falls',
     'ablations': 'What carries the result, part by part',
     'scarce': 'How few clean images are enough',
     'domains': 'What clean images of another domain do',
-    'verdict': 'How often a verdict tells backdoored models from clean ones, and names the right label'}
+    'verdict': 'How often a verdict tells backdoored models from clean ones, and names the right label',
+    'scale': 'Whether the command, with its defaults, does the same in larger models'}
 
 def said(
     profile:str, # such as 'glyphs'
