@@ -304,7 +304,7 @@ def test_what_is_said_about_a_checkpoint_is_used_and_shown(place, tmp_path, capf
 def short(monkeypatch):
     "A search that takes little time, and a limit that decides what it finds."
     def limit(threshold):
-        budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2))
+        budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2, share=.5))
         monkeypatch.setitem(module._BUDGETS, 'quick', budget)
         monkeypatch.setattr(module, 'judge', lambda found: verdict.judge(found, threshold))
     return limit
@@ -352,9 +352,8 @@ def test_a_loaded_model_of_open_clip(small, short):
 def test_a_budget_says_what_it_did_not_look_at(small, short):
     short(99.)
     report = scan_model(small.bad, small.defender, budget='quick')
-    assert report.facts['not_looked_at'][0].endswith('this budget has 2 families (patch, flow).')
-    assert {k: b['identify'].get('families', 'all') == 'all' for k, b in module._BUDGETS.items()} == dict(
-        quick=False, normal=True, thorough=True)
+    assert report.facts['not_looked_at'][0].startswith('A faint backdoor may hide')
+    assert {k for k, b in module._BUDGETS.items() if b['identify'].get('share', 1.) < 1} == {'quick'}
 
 
 def test_names_of_the_package_are_lazy():
@@ -469,7 +468,7 @@ def test_a_removal_that_fails_is_tried_once_more_with_a_larger_rate(small, short
         assert all(clip is tried[0][1] for _, clip in tried)
 
 
-@pytest.mark.parametrize('budget, most', [('quick', 3000), ('normal', 12000)])
+@pytest.mark.parametrize('budget, most', [('quick', 12000), ('normal', 30000)])
 def test_a_scan_makes_few_passes(monkeypatch, budget, most):
     "Images that go through the model, whatever its side and the number of names."
     seen, encode = [], Clip.encode_image
