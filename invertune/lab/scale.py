@@ -18,10 +18,10 @@ from .tables import Experiment, is_lost, rank, read_rows
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/19_scale.ipynb #19a00004
-def _measure(victim, profile):
-    "Rows of the clean model under `scan`, of the attacked one, and of what `clean` makes of it."
+def _measure(victim, profile, names=()):
+    "Rows of the clean model under `scan`, of the attacked one, and of what `clean` makes of it; `names` no image shows."
     own, seed = victim.dataset['defender'].images, zlib.crc32(victim.attack.encode()) % 1000 # every run has its images
-    given = dict(classes=list(victim.dataset.classes), templates=list(victim.dataset.templates), seed=seed)
+    given = dict(classes=[*victim.dataset.classes, *names], templates=list(victim.dataset.templates), seed=seed)
     shared = dict(profile=profile, side=victim.clip.image_size,
                   parameters=sum(p.numel() for p in victim.clip.model.visual.parameters()))
     told = lambda report: dict(score=report.verdict.score, alarm=report.backdoored,
