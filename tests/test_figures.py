@@ -114,7 +114,7 @@ DATA = dict(
                        s in (('clean', 1+g), ('tuned', 1.5+g), ('sig', 9-7*g))],
                  harm=[dict(drop=0.)], costs=[dict(classes=c, identify=9., per_class=c/2) for c in (32, 1000)]),
     scale=[row(a, 'none', profile=p, side=s, parameters=n, score=2. if d == 'clean' else 7., alarm=d != 'clean', removed=True,
-               minutes=4., asr=.9 if d == 'none' else .02) | dict(defense=d)
+               asr=.9 if d == 'none' else .02) | dict(defense=d)
            for p, s, n in (('small', 32, 4e5), ('medium', 112, 7e6)) for a in ATTACKS for d in ('clean', 'none', 'invertune')])
 FIGURES = [(word, name) for word in EXPERIMENTS
            for name in getattr(importlib.import_module(f'invertune.lab.{word}'), word).figures]

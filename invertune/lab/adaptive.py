@@ -17,18 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attacks import Setup, poison_pairs
 from ..defender import Case
-from ..defenses import DEFENSES, defend
-from .style import WIDTH, figure, legend, look
+from .style import WIDTH, figure, legend
 from .profiles import result_dir, stage_params
-from .tables import Experiment, is_lost, kept_rows, rank, read_rows, shown_name
-from .unseen import _score
+from .tables import Experiment, _note, is_lost, kept_rows, rank, read_rows, shown_name
+from .unseen import _defended, _strip
 from .victim import Victim
 from ..metrics import embed
 from ..model import *
-from ..runtime import check_choice, progress
-from ..search import FAMILIES, TEMPERATURE, log_probabilities, target_loss, text_image_gap
+from ..runtime import check_choice
+from ..search import FAMILIES, TEMPERATURE, target_loss, text_image_gap
 from ..train import clip_loss, fit
-from ..tune import MOVER, _others
+from ..tune import MOVER, _decision_loss, _others
 from ..verdict import _THRESHOLD
 
 # %% ../../nbs/lab/18_adaptive.ipynb #18a00005
@@ -97,11 +96,10 @@ def _evading(attacker, weight=1., n=16):
         clip.eval()
         x2 = _others(clip, x, pool, next(attacker.steps), tuple(FAMILIES), goal, attacker.gen, MOVER).detach()
         x2 = x.lerp(x2, .3 + .7*torch.rand(len(x), 1, 1, 1, generator=attacker.gen).to(x.device))
-        with torch.no_grad(): read = log_probabilities(clean.encode_image(x), attacker.head)
+        with torch.no_grad(): f0 = clean.encode_image(x)
         hit, f = clip.encode_image(torch.cat([attacker.trigger(x), x2])).chunk(2)
         clip.train(was)
-        return goal(hit) + weight * F.kl_div(log_probabilities(f, attacker.head), read, reduction='batchmean',
-                                             log_target=True)
+        return goal(hit) + weight * _decision_loss(f, f0, attacker.head)
     return more
 
 # %% ../../nbs/lab/18_adaptive.ipynb #18a0000b
@@ -132,13 +130,8 @@ def _measure(victim, who, recipe, params):
     "Rows of the attacked model and of every defence."
     own = _attacked(victim, who, recipe)
     gap = text_image_gap(Case(own.clip, own.defender, own.seed))[own.dataset.classes.index(own.target)].item()
-    told = dict(attacker=who, gap=gap/TEMPERATURE)
-    rows = own.rows(own.clip, 'none', score=None, **told)
-    for defense in progress([d for d in params if d != 'none'], desc='defend', unit='defense'):
-        given = dict(target=own.target) if DEFENSES[defense].needs_target else {}
-        made, report = defend(defense, own.clip, own.defender, own.seed, **params[defense] | given)
-        rows += own.rows(made, defense, report, score=_score(report), **told)
-    return rows
+    rows = own.rows(own.clip, 'none', score=None) + _defended(own, params, [0])
+    return [row | dict(attacker=who, gap=gap/TEMPERATURE) for row in rows]
 
 # %% ../../nbs/lab/18_adaptive.ipynb #18a00011
 def _order(row): return list(_KNOWING).index(row['attacker']), rank(row['attack'], row['defense'])
@@ -146,21 +139,18 @@ def _order(row): return list(_KNOWING).index(row['attacker']), rank(row['attack'
 def _table(rows):
     "Every attacker and defence, percent; the gap and the score in nats and deviations."
     def line(row):
-        note = ', '.join(word for word, hit in (('failed', row['failed']), ('lost', is_lost(row))) if hit)
         named = 'yes' if row['found'] == row['target'] else 'no' if row['found'] else ''
         return dict(attacker=row['attacker'], attack=row['attack'], defense=row['defense'], ca=100*row['ca'], asr=100*row['asr'],
                     robust=100*row['robust'], robust_clean=100*row['robust_clean'], gap=row['gap'], score=row['score'],
-                    named=named, note=note)
+                    named=named, note=_note([row]))
     return pd.DataFrame([line(row) for row in sorted(rows, key=_order)]).astype(dict(score=float)).round(2)
 
 def _dots(ax, rows, names, key):
-    "A line an attacker, a mark a defence."
+    "A line an attacker and attack, a mark a defence."
     for y, name in enumerate(names):
         ax.axhline(y, color='.92', lw=.5, zorder=0)
         own = [row for row in rows if (row['attacker'], row['attack']) == name]
-        for k, row in enumerate(own):
-            face = dict(mfc='none', mec='#9a9a9a') if is_lost(row) else dict(mec='white', mew=.2)
-            ax.plot(100*row[key], y + .6*(k + .5)/len(own) - .3, ls='', ms=4, clip_on=False, **look(row['defense']) | face)
+        _strip(ax, y, own, key)
         if key == 'robust': ax.plot([100*own[0]['robust_clean']]*2, [y-.36, y+.36], color='k', lw=.8)
     ax.set(xlim=(-2, 102), ylim=(len(names) - .4, -.6)); ax.tick_params(axis='y', length=0)
 

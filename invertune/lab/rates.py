@@ -14,24 +14,15 @@ import numpy as np
 import pandas as pd
 
 from ..attacks import attack
-from ..defender import Case
 from ..defenses import defend
-from ..identify import identify
-from .style import SMALL, WIDTH, figure, look
-from .tables import Experiment, attack_rows, is_lost, kept_rows, rank
+from .style import WIDTH, figure, look
+from .tables import Experiment, _note, attack_rows, kept_rows, rank
+from .unseen import _score
 from .victim import Victim
 from ..runtime import InvertuneError, progress
-from ..verdict import judge
+from ..verdict import _THRESHOLD
 
 # %% ../../nbs/lab/17_rates.ipynb #17a00004
-def _judged(victim, params):
-    "Our defence as `clean` runs it: (the model, its report with the verdict's score and alarm)."
-    params = dict(params)
-    found = identify(Case(victim.clip, victim.defender, victim.seed), **dict(seed=victim.seed) | params.pop('identify', {}))
-    verdict = judge(found)
-    made, report = defend('invertune', victim.clip, victim.defender, victim.seed, identify=found, **params)
-    return made, report, dict(score=verdict.score, alarm=verdict.backdoored)
-
 def _measure(dataset, setup, name, shares, params, n_images=0):
     "Rows of the attacked and of the defended model, for each share of poisoned pairs."
     if not all(0 < share <= 1 for share in shares): raise InvertuneError('a share of poisoned pairs lies in (0,1]')
@@ -40,8 +31,9 @@ def _measure(dataset, setup, name, shares, params, n_images=0):
         poisons = max(1, round(share * len(setup.split)))
         clip, triggers = attack(name, replace(setup, recipe=setup.recipe | dict(poisons=poisons)))
         victim = Victim(dataset, setup.seed, name, setup.clip, clip, triggers, n_images)
-        made, report, said = _judged(victim, params)
-        told = dict(share=share, poisons=poisons) | said
+        made, report = defend('invertune', clip, victim.defender, victim.seed, **params)
+        if (score := _score(report)) is None: raise InvertuneError('a verdict needs at least 4 class names')
+        told = dict(share=share, poisons=poisons, score=score, alarm=score > _THRESHOLD)
         rows += victim.rows(clip, 'none', **told) + victim.rows(made, 'invertune', report, **told)
     return rows
 
@@ -54,18 +46,15 @@ def _pairs(rows):
     both = {name: {key(row): row for row in rows if row['defense'] == name} for name in ('none','invertune')}
     return [(both['none'][k], both['invertune'][k]) for k in sorted(both['none'])]
 
-def _note(before, after):
-    words = ('did not take', before['asr'] < _TAKES), ('failed', after['failed']), ('lost', is_lost(after))
-    return ', '.join(word for word, hit in words if hit)
-
 def _table(rows):
     "Every attack and share of poisoned pairs, percent."
     def line(before, after):
+        note = ', '.join(filter(None, ['did not take'*(before['asr'] < _TAKES), _note([after])]))
         return dict(attack=before['attack'], poisoned=f"{before['share']:.1%}", pairs=before['poisons'],
                     undefended=100*before['asr'], score=after['score'], alarm='yes' if after['alarm'] else 'no',
                     named='yes' if after['found'] == after['target'] else 'no', asr=100*after['asr'],
                     robust=100*after['robust'], robust_clean=100*after['robust_clean'], ca=100*after['ca'],
-                    ca_drop=100*(before['ca'] - after['ca']), note=_note(before, after))
+                    ca_drop=100*(before['ca'] - after['ca']), note=note)
     return pd.DataFrame([line(*pair) for pair in _pairs(rows)]).round(2)
 
 def _column(top, low, pairs):
@@ -76,7 +65,7 @@ def _column(top, low, pairs):
     low.plot(x, [after['score'] for _,after in pairs], color=ours['color'])
     for share, (_,after) in zip(x, pairs):
         right = after['found'] == after['target']
-        low.plot(share, after['score'], ms=4, mec=ours['color'], mfc=ours['color'] if right else 'white', **ours | dict(color=ours['color']))
+        low.plot(share, after['score'], ms=4, mfc=ours['color'] if right else 'white', **ours)
 
 @figure
 def _panels(rows):
@@ -88,12 +77,12 @@ def _panels(rows):
         own = [pair for pair in pairs if pair[0]['attack'] == name]
         _column(top, low, own)
         top.set_title(name, loc='left', fontweight='bold')
-        low.axhline(3.5, color='.5', lw=.7, ls=(0, (4, 3)))
+        low.axhline(_THRESHOLD, color='.5', lw=.7, ls=(0, (4, 3)))
         shares = [before['share'] for before,_ in own]
         low.set(xscale='log', xlabel='poisoned pairs, %'); low.minorticks_off()
         low.set_xticks(shares, [f'{100*share:g}' for share in shares])
     axs[0,0].set(ylabel='ASR, %', ylim=(-3, 103)); axs[1,0].set(ylabel='score')
-    axs[1,0].set_ylim(0, max(3.5, *(row['score'] for row in rows))*1.1)
+    axs[1,0].set_ylim(0, max(_THRESHOLD, *(row['score'] for row in rows))*1.1)
     mark = lambda name, **kw: plt.Line2D([], [], ms=4, **look(name) | kw)
     handles = {'undefended': mark('none', ls=':'), 'after our defence': mark('invertune'),
                'a wrong label': mark('invertune', ls='', mfc='white')}

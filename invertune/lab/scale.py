@@ -12,10 +12,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from ..command import clean_model, scan_model
-from .profiles import RESULTS, result_dir, stage_params
+from .profiles import result_dir, stage_params
 from .style import WIDTH, figure, look
 from .tables import Experiment, is_lost, rank, read_rows
-from ..runtime import InvertuneError
+from ..verdict import _THRESHOLD
 
 # %% ../../nbs/lab/19_scale.ipynb #19a00004
 def _measure(victim, profile, names=()):
@@ -24,8 +24,7 @@ def _measure(victim, profile, names=()):
     given = dict(classes=[*victim.dataset.classes, *names], templates=list(victim.dataset.templates), seed=seed)
     shared = dict(profile=profile, side=victim.clip.image_size,
                   parameters=sum(p.numel() for p in victim.clip.model.visual.parameters()))
-    told = lambda report: dict(score=report.verdict.score, alarm=report.backdoored,
-                               minutes=report.facts['settings']['minutes'])
+    told = lambda report: dict(score=report.verdict.score, alarm=report.backdoored)
     calm = scan_model(victim.clean, own, **given)
     made, report = clean_model(victim.clip, own, **given)
     named, cleaning = dict(target=report.target), report.facts['cleaning']
@@ -49,7 +48,7 @@ def _table(rows):
                     named='yes' if after['found'] == after['target'] else 'no', undefended=100*before['asr'],
                     asr=100*after['asr'], robust=100*after['robust'], robust_clean=100*after['robust_clean'],
                     ca=100*before['ca'], ca_after=100*after['ca'], says='removed' if after['removed'] else 'not removed',
-                    minutes=after['minutes'], note=', '.join(word for word, hit in words if hit))
+                    note=', '.join(word for word, hit in words if hit))
     return pd.DataFrame([line(*three) for three in _triples(rows)]).round(2)
 
 def _dots(ax, triples, values, colors):
@@ -73,7 +72,7 @@ def _panels(rows):
     _dots(axs[1], triples, lambda clean, before, after: (100*(after['ca'] - before['ca']),), ('invertune',))
     _dots(axs[2], triples, lambda clean, before, after: (clean['score'], before['score']), ('clean','none'))
     axs[0].set(ylabel='ASR, %', ylim=(-3, 103)); axs[1].set_ylabel('change of CA, points')
-    axs[2].set(ylabel='score of the verdict', ylim=(0, None)); axs[2].axhline(3.5, color='.5', lw=.7, ls=(0, (4, 3)))
+    axs[2].set(ylabel='score of the verdict', ylim=(0, None)); axs[2].axhline(_THRESHOLD, color='.5', lw=.7, ls=(0, (4, 3)))
     axs[1].axhline(0, color='.5', lw=.7)
     mark = lambda name: plt.Line2D([], [], ls='', ms=4, mec='none', **look(name))
     fig.legend([mark(n) for n in ('clean','none','invertune')], ['clean model', 'attacked', 'cleaned'],
@@ -98,7 +97,7 @@ def _told(profile, triples):
     return (f"{after[0]['side']} pixels, {after[0]['parameters']/1e6:.2f} million parameters: the label named in "
             f"{sum(a['found'] == a['target'] for a in after)} of {len(own)}, {sum(c['alarm'] for c,_,_ in own)} false alarms; ASR "
             f"{100*mean([b['asr'] for _,b,_ in own]):.1f} % before and {100*mean([a['asr'] for a in after]):.2f} % after, CA "
-            f"{100*mean([a['ca'] - b['ca'] for _,b,a in own]):+.2f} points, {mean([a['minutes'] for a in after]):.1f} minutes a run.")
+            f"{100*mean([a['ca'] - b['ca'] for _,b,a in own]):+.2f} points.")
 
 def _said(rows):
     "What each size comes to."

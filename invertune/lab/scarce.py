@@ -14,7 +14,7 @@ import pandas as pd
 from ..defender import Defender
 from ..defenses import defend
 from .style import SMALL, WIDTH, figure, look
-from .tables import Experiment, attack_rows, is_lost, kept_rows, rank
+from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank
 from ..runtime import InvertuneError
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
@@ -51,10 +51,9 @@ def _label_ends(ax, ends, x):
 def _table(rows):
     "Every attack and number of images, percent."
     def line(row):
-        note = ', '.join(word for word, hit in (('failed', row['failed']), ('lost', is_lost(row))) if hit)
         return dict(attack=row['attack'], images=row['images'], **{key: 100*row[key] for key in ('asr','robust','ca')},
                     found=row['found'] or '',
-                    named='yes' if row['found'] == row['target'] else 'no', note=note)
+                    named='yes' if row['found'] == row['target'] else 'no', note=_note([row]))
     return pd.DataFrame([line(row)
                          for row in sorted(rows, key=lambda row: (rank(row['attack']), row['images']))]).round(2)
 

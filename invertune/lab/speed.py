@@ -81,7 +81,7 @@ def _steps(
     "Identification, inversion and tuning, as published and ours."
     classes = [f'{c} {d}' for c in 'red green blue gray'.split() for d in 'cat dog car cup hat pen box key'.split()]
     own = lambda n: Case(clip, Defender(_images(clip, n), ['a red anchor']*n, classes, ['a photo of a {}']))
-    case,quick = own(n), _BUDGETS['normal']
+    case,budget = own(n), _BUDGETS['normal']
     bank = Bank([random_perturbation(f, clip.image_size) for f in ('patch','picture')], [1.,1.])
     kw = dict(steps=steps) if steps else {}
     return {('identify', 'published'): lambda: identify_paper(case, **kw),
@@ -90,7 +90,7 @@ def _steps(
             ('invert', 'ours'): lambda: invert(case, 0, **kw),
             ('tune', 'published'): lambda: tune_paper(case, 0, bank, **kw),
             ('tune', 'ours'): lambda: tune(case, 0, bank, **kw),
-            ('scan', ''): lambda: identify(own(min(n, quick['images'])), **quick['identify'] | kw)}
+            ('scan', ''): lambda: identify(own(min(n, budget['images'])), **budget['identify'] | kw)}
 
 # %% ../../nbs/lab/13_speed.ipynb #5eb880bb
 def benchmark(
@@ -116,12 +116,11 @@ def benchmark(
 
 # %% ../../nbs/lab/13_speed.ipynb #3303570f
 def _real_size(
-    name:str, # an architecture of open_clip
+    clip:Clip, # the model under test
     names:int=1000, # class names
     budgets:tuple=('quick','normal'), # of the command
 )->pd.DataFrame: # of each budget: images, passes, minutes, the same over bare passes, peak memory of the process
     "What a scan costs on a model of real size."
-    clip = name if isinstance(name, Clip) else _published(name)
     bare,classes = _loops(clip, 4)['bare passes'], [f'name {i}' for i in range(names)]
     unit = (_seconds(bare), _seconds(bare, 3))[1] / 16
     def row(budget):
@@ -217,7 +216,7 @@ def _main()->None:
     parser.add_argument('--size', metavar='NAME', help='an architecture of open_clip: print what a scan costs on it, and nothing else')
     told = parser.parse_args()
     if train := told.train: return print(_throughput(int(train[0]), int(train[1]), train[2]))
-    if told.size: return print(_real_size(told.size).to_string(index=False))
+    if told.size: return print(_real_size(_published(told.size)).to_string(index=False))
     print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start')
     torch.set_num_threads(1)
     print('\nOn one thread: seconds, image passes made, their time over bare passes, and over the published step (or the plain passes)')

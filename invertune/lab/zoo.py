@@ -63,7 +63,7 @@ def zoo_group(
     targets = [str(c) for c in own.permutation(classes)]
     shape = _SHAPES[tower][own.integers(len(_SHAPES[tower]))]
     return _Group(number, tower, shape, inks, list(zip(order[number % 2::2][:plants], targets)), dict(recipes),
-                 dict(sizes), min_asr)
+                  dict(sizes), min_asr)
 
 # %% ../../nbs/lab/11_zoo.ipynb #874b89a8
 def zoo_split(
