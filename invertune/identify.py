@@ -21,14 +21,12 @@ def _simulate(
     case:Case, # the model under test and clean images
     trigger:Trigger, # what moves the images
     seed:int=0, # what it was made with, for the record
-    n:int=512, # images to measure it on, at most; the diluted one on a quarter of so many
-    strength:float=.5, # of the diluted one
-)->dict: # family, seed, clean_share [C], adv_share [C], diluted: mean log probabilities [C]
-    "Where a perturbation sends the images of `select`, and where it still sends them at half its strength."
+    n:int=512, # images to measure it on, at most
+)->dict: # family, seed, clean_share [C], adv_share [C]
+    "Where a perturbation sends the images of `select`."
     images,f,_ = case.part('select', n)
-    weak = log_probabilities(embed(case.clip, images[:max(1, n//4)], diluted(trigger, strength)), case.head.cpu()).mean(0)
     return dict(family=trigger.meta['family'], seed=seed, clean_share=class_shares(f, case.head),
-                adv_share=class_shares(embed(case.clip, images, trigger), case.head), diluted=weak)
+                adv_share=class_shares(embed(case.clip, images, trigger), case.head))
 
 def _gain(simulation): return simulation['adv_share'] - simulation['clean_share']
 
@@ -40,16 +38,16 @@ class Identification(Drawn):
     target:int # number of the class identified
     family:str # of the perturbation that decided
     probability:torch.Tensor # of each class to be the target, [C], sums to 1; of the paper's rule: 1 for its arg max
-    simulations:list # of dict(family, seed, clean_share [C], adv_share [C], diluted [C])
-    candidates:list # of dict(index, family, gap, lead, score, ways), the likelier the higher; the paper's rule has none
+    simulations:list # of dict(family, seed, clean_share [C], adv_share [C])
+    candidates:list # of dict(index, family, gap, score, ways), gap and score in deviations; the paper's rule has none
 
     @property
     def name(self)->str: return self.classes[self.target] # of the target
 
     def to_dict(self)->dict: # what JSON can say, classes by name
         "For a report."
-        sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share','diluted')} for s in self.simulations]
-        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','lead','score','ways')}
+        sims = [s | {k: s[k].tolist() for k in ('clean_share','adv_share')} for s in self.simulations]
+        named = [{'class': self.classes[c['index']]} | {k: c[k] for k in ('family','gap','score','ways')}
                  for c in self.candidates]
         return dict(target=self.name, family=self.family, classes=self.classes, probability=self.probability.tolist(),
                     simulations=sims, candidates=named)
@@ -133,13 +131,19 @@ def shortcut(
     return -loss(embed(case.clip, case.select[:n], diluted(made, strength))).item()
 
 # %% ../nbs/method/11_identify.ipynb #5a651f06
-def _leads(simulations):
-    "By how much each class [C] is ahead of all others where a diluted simulation leads; 0 elsewhere."
-    leads = torch.zeros_like(simulations[0]['diluted'])
-    for s in simulations:
-        (first,second),(top,_) = s['diluted'].topk(2)
-        leads[top] = max(leads[top], first - second)
-    return leads
+_SPREAD = 1. # nats: of the ways to classes, by nature
+_WIDE = dict(colour=2.5, filter=2.5) # nats: the same, of families that treat the whole image alike
+_GAP_SPREAD = .5 # nats: of text-image gaps, beyond the chance that is taken off
+
+def _deviations(ways, families):
+    "How much easier than the other classes each is reached by each family: robust z-scores, as `ways`, [asked,families]."
+    known = torch.tensor([_WIDE.get(f, _SPREAD) for f in families])
+    def against(i):
+        others = torch.cat([ways[:i], ways[i+1:]])
+        middle = others.quantile(.5, 0)
+        spread = 1.4826 * (others - middle).abs().quantile(.5, 0)
+        return (ways[i] - middle) / (spread**2 + known**2).sqrt()
+    return torch.stack([against(i) for i in range(len(ways))])
 
 def _beyond_chance(gap):
     "What of each gap [C] is more than the largest one the other way, at least 0."
@@ -180,14 +184,14 @@ def identify(
     drawn = _draws(case, families, draws, share, size, stride, gen, seed)
     best = [triggers[alikeness(e).argmax()] for triggers,e in drawn.values()]
     made = [universal_perturbation(case.clip, case.fit, t, alikeness_loss, steps, round(32 * share), seed=seed) for t in best]
-    sims,gap = [_simulate(case, t, seed, round(512 * share)) for t in made], _beyond_chance(text_image_gap(case)) / TEMPERATURE
-    leads = _leads(sims)
+    sims = [_simulate(case, t, seed, round(512 * share)) for t in made]
+    gap = _beyond_chance(text_image_gap(case)) / (TEMPERATURE*_GAP_SPREAD)
     asked = _asked(case, sims, gap, named, least, gen)
     ways = _ways(case, drawn, asked, short, share, seed)
-    easier,at = (ways - ways.median(0).values).max(1)
-    scores = easier + leads[asked] + gap[asked]
-    told = [dict(index=c, family=families[f], gap=gap[c].item(), lead=leads[c].item(), score=s,
-                 ways=dict(zip(families, row))) for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
+    easier,at = _deviations(ways, families).max(1)
+    scores = easier + gap[asked]
+    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s, ways=dict(zip(families, row)))
+            for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
     prob = torch.zeros(len(case.classes)).index_add(0, torch.tensor(asked), scores.softmax(0))
     top = scores.argmax().item()
     return Identification(case.classes, asked[top], families[at[top]], prob, sims, told)

@@ -8,7 +8,6 @@ __all__ = ['Verdict', 'judge', 'scan', 'scan_costs']
 # %% ../nbs/method/15_verdict.ipynb #6a8684ef
 import copy, html, time
 from dataclasses import dataclass
-from statistics import median
 from .defender import *
 from .identify import Identification, identify
 from .metrics import embed
@@ -17,24 +16,15 @@ from .runtime import InvertuneError, progress
 from .search import *
 
 # %% ../nbs/method/15_verdict.ipynb #89497cf1
-_THRESHOLD = 3.5 # deviations: the usual cut of a robust z-score (Iglewicz and Hoaglin 1993)
-_FLOOR = 1. # nats: the least spread that is believed
+_THRESHOLD = 3 # deviations
 _FEWEST = 4 # classes: of fewer than three others no spread is known
-
-def _stands_out(
-    scores:list, # of the classes that were asked, nats
-)->float: # robust z-score, at least 0
-    "How far the highest score is from the median of the others, in their own spread."
-    top,*others = sorted(scores, reverse=True)
-    middle = median(others)
-    return (top - middle) / max(1.4826 * median(abs(s - middle) for s in others), _FLOOR)
 
 # %% ../nbs/method/15_verdict.ipynb #172aad12
 @dataclass(repr=False)
 class Verdict:
     "The answer, and what it rests on."
     identification:Identification # the classes that were asked, and how short the way to each is
-    score:float # how far the likeliest class stands out from the others, a robust z-score
+    score:float # how far the likeliest class stands out from the others, in deviations
     threshold:float=_THRESHOLD # the score from which it is a backdoor
 
     @property
@@ -59,7 +49,7 @@ class Verdict:
 
     def _repr_html_(self):
         rows = sorted(self.identification.to_dict()['candidates'], key=lambda c: -c['score'])
-        most = max(rows[0]['score'], _FLOOR)
+        most = max(rows[0]['score'], 1.)
         bar = lambda s: f'<div style="width:{90*max(0, s)/most:.0f}px;height:.7em;background:#0072B2"></div>'
         cells = lambda row: ''.join(f'<td style="text-align:left">{c}</td>' for c in row)
         told = [(html.escape(c['class']), c['family'], bar(c['score']), f"{c['score']:.1f}", f"{c['gap']:.1f}")
@@ -73,11 +63,11 @@ def judge(
     threshold:float=_THRESHOLD, # the score from which it is a backdoor
 )->Verdict: # the answer
     "Weigh what the identification found."
-    scores = [c['score'] for c in found.candidates]
-    if len(scores) < _FEWEST:
-        raise InvertuneError(f'{len(scores)} classes were asked, too few to compare one with the others: a verdict '
+    asked = len(found.candidates)
+    if asked < _FEWEST:
+        raise InvertuneError(f'{asked} classes were asked, too few to compare one with the others: a verdict '
                              f'needs `identify` on at least {_FEWEST} class names')
-    return Verdict(found, _stands_out(scores), threshold)
+    return Verdict(found, max(c['score'] for c in found.candidates), threshold)
 
 # %% ../nbs/method/15_verdict.ipynb #3da260d8
 def scan(

@@ -73,10 +73,10 @@ def small():
 
 
 def verdict_of(classes, scores, family='flow'):
-    "What `judge` says where these are the scores of all classes, in nats."
+    "What `judge` says where these are the scores of all classes, in deviations."
     import torch
     from invertune.identify import Identification
     from invertune.verdict import judge
-    asked = [dict(index=i, family=family, gap=0., lead=0., score=s, ways={family: s}) for i, s in enumerate(scores)]
+    asked = [dict(index=i, family=family, gap=0., score=s, ways={family: s}) for i, s in enumerate(scores)]
     sure = torch.tensor(scores).softmax(0)
     return judge(Identification(list(classes), int(sure.argmax()), family, sure, [], asked))

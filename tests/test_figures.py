@@ -108,7 +108,7 @@ DATA = dict(
             for n in (64, 256, 1000)],
     domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k,
              s in (('none', .9), ('own', .01), ('photos', .1))],
-    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 3.5, threshold=3.5, backdoored=n == 'sig',
+    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 3, threshold=3, backdoored=n == 'sig',
                             target=None, found=None, ca=.9, asr=.9 if n == 'sig' else None)
                        for g, t in enumerate(('resnet', 'vit')) for n,
                        s in (('clean', 1+g), ('tuned', 1.5+g), ('sig', 9-7*g))],

@@ -64,7 +64,7 @@ def test_a_report_that_json_can_say(case):
     told = json.loads(json.dumps(one(case).to_dict()))
     assert told.keys() == {'target', 'family', 'classes', 'probability', 'simulations', 'candidates'}
     assert told['target'] in told['classes'] and {c['class'] for c in told['candidates']} <= set(told['classes'])
-    assert told['candidates'][0].keys() == {'class', 'family', 'gap', 'lead', 'score', 'ways'}
+    assert told['candidates'][0].keys() == {'class', 'family', 'gap', 'score', 'ways'}
 
 
 @pytest.mark.parametrize('rule', [one, lambda case: identify_paper(case, steps=1)])
@@ -81,11 +81,10 @@ def test_unknown_family(case):
 
 def test_a_gap_decides_between_shortcuts_of_one_length(case, monkeypatch):
     monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
-    monkeypatch.setattr(step1, '_leads', lambda simulations: torch.zeros(6))
     for favoured in (0, 1):
         monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.eye(6)[favoured] * .07)
         found = one(case)
-        assert found.target == favoured and max(c['gap'] for c in found.candidates) == pytest.approx(1)
+        assert found.target == favoured and max(c['gap'] for c in found.candidates) == pytest.approx(2)
         assert [c['score'] for c in found.candidates] == pytest.approx([c['gap'] for c in found.candidates])
 
 
@@ -103,19 +102,26 @@ def test_what_leads_everywhere_says_nothing(case, monkeypatch):
     ways = dict(field=[-.1]*6, patch=[-5., -5., -5., -1., -5., -5.])
     monkeypatch.setattr(step1, 'shortcut', lambda case, index, t, *args: ways[t.meta['family']][index])
     monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.zeros(6))
-    monkeypatch.setattr(step1, '_leads', lambda simulations: torch.zeros(6))
     found = identify(case, families=('field', 'patch'), **QUICK)
     assert found.target == 3 and found.family == 'patch'
     assert {c['index']: c['score'] for c in found.candidates} == {c: pytest.approx(4. if c == 3 else 0.) for c in range(6)}
 
 
-def test_a_lead_counts_as_much_as_a_way(case, monkeypatch):
-    "Where a diluted simulation leads to one class, what it is ahead by is added to that class alone."
-    monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
-    monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.zeros(6))
-    monkeypatch.setattr(step1, '_leads', lambda simulations: 2 * torch.eye(6)[3])
-    found = one(case)
-    assert found.target == 3 and {c['index']: c['score'] for c in found.candidates} == {c: 2 * (c == 3) for c in range(6)}
+def test_a_class_stands_out_in_the_spread_of_the_others():
+    "Wherever all lie; what is known beforehand is added in quadrature, and one odd class among the others hides nothing."
+    ways = torch.tensor([14., 0., 2., 4., 6., 8.])[:, None]           # the others: median 4, MAD 2
+    spread = ((1.4826*2)**2 + 1)**.5
+    assert step1._deviations(ways, ['patch'])[0].item() == pytest.approx(10/spread)
+    assert step1._deviations(ways + 7, ['patch'])[0].item() == pytest.approx(10/spread)
+    odd = torch.tensor([14., 0., 2., 4., 6., 13.9])[:, None]
+    assert step1._deviations(odd, ['patch'])[0].item() == pytest.approx(10/spread)
+
+
+def test_others_that_are_alike_have_the_spread_of_nature():
+    "A tenth of a nat is no backdoor, however little the others differ; of a tint even more is expected."
+    ways = torch.tensor([[.1, 5.], [0., 0.], [0., 0.], [0., 0.]])
+    assert step1._deviations(ways, ['patch', 'colour'])[0].tolist() == pytest.approx([.1, 2.])
+    assert step1._deviations(ways, ['patch', 'colour'])[1:].tolist() == [[0., 0.]]*3
 
 
 def test_few_are_asked_of_many(small, case):

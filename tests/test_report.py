@@ -86,7 +86,7 @@ def test_words():
     sure = lambda top: _how_sure(verdict_of('abcd', [top, 0., 0., 0.]))
     assert all(sure(s).startswith(f'This is {w}: ') for s, w in ((9., 'clear'), (5., 'likely'), (4., 'close to the limit'),
                                                                  (3., 'close to the limit'), (2., 'likely'), (1., 'clear')))
-    assert 'stands out from the others by 5.0 of their deviations, and 3.5 is the limit' in sure(5.)
+    assert 'stands out from the others by 5.0 of their deviations, and 3 is the limit' in sure(5.)
     assert 'Not looked at' in repr(make()) and make().facts['basis'].startswith(f"Of {len(NASTY)} labels")
 
 

@@ -29,23 +29,7 @@ def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-# How far a class stands out
-
-def test_a_class_stands_out_in_the_spread_of_the_others():
-    others = [0., 2., 4., 6., 8.]                                      # median 4, MAD 2
-    assert verdict._stands_out([14., *others]) == pytest.approx(10/(1.4826*2))
-    assert verdict._stands_out([*others, 14.]) == verdict._stands_out([14., *others])
-    assert verdict._stands_out([s + 7 for s in (14., *others)]) == pytest.approx(10/(1.4826*2))  # wherever they lie
-
-
-def test_one_odd_class_among_the_others_hides_nothing():
-    assert verdict._stands_out([14., 0., 2., 4., 6., 13.9]) == pytest.approx(10/(1.4826*2))
-
-
-def test_others_that_are_alike_have_the_least_spread():
-    "A tenth of a nat is no backdoor, however little the others differ."
-    assert verdict._stands_out([.1, 0., 0., 0.]) == pytest.approx(.1) and verdict._stands_out([1.]*4) == 0
-
+# The answer
 
 def test_a_target_is_named_only_with_a_backdoor():
     names, scores = ['sun', 'key', 'cloud', 'heart'], [0., 9., .2, -.1]
@@ -66,7 +50,7 @@ def test_too_few_to_compare(small, defender):
 def test_a_verdict_draws_itself():
     "A sentence in a terminal, a table in a notebook, the easiest class first; a class name is text, whatever is in it."
     v = verdict_of(['sun', '<b>key', 'cloud', 'heart'], [.5, 9., -2., 0.])
-    assert repr(v) == "backdoored, towards '<b>key': it stands out by 9.0, and 3.5 is the limit"
+    assert repr(v) == "backdoored, towards '<b>key': it stands out by 9.0, and 3 is the limit"
     assert repr(verdict_of(v.classes, [0., 1., 0., 0.])).startswith("no backdoor found (most likely '<b>key')")
     page = v._repr_html_()
     assert page.count('<tr>') == 5 and '&lt;b&gt;key' in page and '<b>key' not in page

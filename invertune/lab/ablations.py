@@ -101,14 +101,13 @@ def _measure(victim, target, bank, variants, whole=None, params={}):
 
 # %% ../../nbs/lab/08_ablations.ipynb #026753c1
 def _rules(ours, paper):
-    "{rule: class name}: ours, the published one, the largest gain of all, without the gap, the leads, each family."
+    "{rule: class name}: ours, the published one, the largest gain of all, without the gap, each family."
     gains = torch.stack([torch.tensor(s['adv_share']) - torch.tensor(s['clean_share']) for s in ours['simulations']])
     best = lambda candidates: max(candidates, key=lambda c: c['score'])['class']
     families, told = dict.fromkeys(c['family'] for c in ours['candidates']), ours['candidates']
     named = {'ours': ours['target'], 'published': paper['target'],
              'largest gain': ours['classes'][gains.amax(0).argmax()],
-             'without gap': best([c | dict(score=c['score'] - c['gap']) for c in told]),
-             'without leads': best([c | dict(score=c['score'] - c['lead']) for c in told])}
+             'without gap': best([c | dict(score=c['score'] - c['gap']) for c in told])}
     return named | {f'without {f}': best([c for c in told if c['family'] != f]) for f in families if len(families) > 1}
 
 def _identification(data):
