@@ -133,7 +133,7 @@ def shortcut(
 # %% ../nbs/method/11_identify.ipynb #5a651f06
 _SPREAD = 1. # nats: of the ways to classes, by nature
 _WIDE = dict(colour=2.5, filter=2.5) # nats: the same, of families that treat the whole image alike
-_GAP_SPREAD = .5 # nats: of text-image gaps, beyond the chance that is taken off
+_GAP_SPREAD,_GAP_MOST = .5, 2. # nats: of text-image gaps, beyond the chance that is taken off; deviations
 
 def _deviations(ways, families):
     "How much easier than the other classes each is reached by each family: robust z-scores, as `ways`, [asked,families]."
@@ -189,9 +189,10 @@ def identify(
     asked = _asked(case, sims, gap, named, least, gen)
     ways = _ways(case, drawn, asked, short, share, seed)
     easier,at = _deviations(ways, families).max(1)
-    scores = easier + gap[asked]
-    told = [dict(index=c, family=families[f], gap=gap[c].item(), score=s, ways=dict(zip(families, row)))
-            for c,f,s,row in zip(asked, at, scores.tolist(), ways.tolist())]
+    support = gap[asked].clamp(max=_GAP_MOST)
+    scores = easier + support
+    told = [dict(index=c, family=families[f], gap=g, score=s, ways=dict(zip(families, row)))
+            for c,f,g,s,row in zip(asked, at, support.tolist(), scores.tolist(), ways.tolist())]
     prob = torch.zeros(len(case.classes)).index_add(0, torch.tensor(asked), scores.softmax(0))
     top = scores.argmax().item()
     return Identification(case.classes, asked[top], families[at[top]], prob, sims, told)

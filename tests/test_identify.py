@@ -10,6 +10,7 @@ from invertune.defender import Case
 from invertune.identify import identify, identify_paper, shortcut, _simulate
 from invertune.runtime import InvertuneError
 from invertune.search import FAMILIES, random_perturbation
+from invertune.verdict import judge
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +87,14 @@ def test_a_gap_decides_between_shortcuts_of_one_length(case, monkeypatch):
         found = one(case)
         assert found.target == favoured and max(c['gap'] for c in found.candidates) == pytest.approx(2)
         assert [c['score'] for c in found.candidates] == pytest.approx([c['gap'] for c in found.candidates])
+
+
+def test_a_gap_alone_is_no_backdoor(case, monkeypatch):
+    "However far a text has been moved: that of a cleaned model's former target keeps its place."
+    monkeypatch.setattr(step1, 'shortcut', lambda *args, **kw: -1.)
+    monkeypatch.setattr(step1, 'text_image_gap', lambda case: torch.eye(6)[1])
+    found = one(case)
+    assert found.target == 1 and max(c['score'] for c in found.candidates) == 2 and not judge(found).backdoored
 
 
 def test_a_gap_within_chance_does_not_decide(case, monkeypatch):
