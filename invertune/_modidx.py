@@ -1209,6 +1209,7 @@ d = { 'settings': { 'branch': 'main',
                                    'invertune.verdict.Verdict.to_dict': ('method/verdict.html#verdict.to_dict', 'invertune/verdict.py'),
                                    'invertune.verdict._ask_class': ('method/verdict.html#_ask_class', 'invertune/verdict.py'),
                                    'invertune.verdict._seconds': ('method/verdict.html#_seconds', 'invertune/verdict.py'),
+                                   'invertune.verdict._stands_out': ('method/verdict.html#_stands_out', 'invertune/verdict.py'),
                                    'invertune.verdict.judge': ('method/verdict.html#judge', 'invertune/verdict.py'),
                                    'invertune.verdict.scan': ('method/verdict.html#scan', 'invertune/verdict.py'),
                                    'invertune.verdict.scan_costs': ('method/verdict.html#scan_costs', 'invertune/verdict.py')}}}

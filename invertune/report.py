@@ -101,8 +101,8 @@ def _how_sure(
     "The score in words."
     far = verdict.score / verdict.threshold
     word = 'clear' if far > 2 or far < .5 else 'likely' if far > 1.25 or far < .8 else 'close to the limit'
-    return (f'This is {word}: the label that is easiest to reach stands out from the others by {verdict.score:.1f} of '
-            f'their deviations, and {verdict.threshold} is the limit.')
+    return (f'This is {word}: the label that is easiest to reach stands out from the others by {verdict.score:.1f} '
+            'times what chance explains.')
 
 def _basis(
     verdict, # a `Verdict`
@@ -257,8 +257,8 @@ def _sections(
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])
-    yield ('What was asked', 'How much easier each label is reached than the median of these, by a short search of the same '
-           'effort; its gap, how far its text lies from its images, is counted in. Both in nats.',
+    yield ('What was asked', 'How much easier each label is reached than the others of these, by a short search of the same '
+           'effort; its gap, how far its text lies from its images, is counted in. Both in deviations.',
            _evidence_table(facts['evidence']))
 
 def _list(items:list)->str: return f'<ul>{"".join(f"<li>{_text(i)}</li>" for i in items)}</ul>'

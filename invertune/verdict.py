@@ -8,6 +8,7 @@ __all__ = ['Verdict', 'judge', 'scan', 'scan_costs']
 # %% ../nbs/method/15_verdict.ipynb #6a8684ef
 import copy, html, time
 from dataclasses import dataclass
+from scipy.special import stdtrit
 from .defender import *
 from .identify import Identification, identify
 from .metrics import embed
@@ -16,15 +17,23 @@ from .runtime import InvertuneError, progress
 from .search import *
 
 # %% ../nbs/method/15_verdict.ipynb #89497cf1
-_THRESHOLD = 3 # deviations
+_CHANCE = .01 # of a class without a backdoor to be beyond the limit
+_THRESHOLD = 1. # times that limit
 _FEWEST = 4 # classes: of fewer than three others no spread is known
+
+def _stands_out(
+    scores:list, # of the classes that were asked, deviations
+)->float: # the highest over the one-sided prediction limit of Student's t
+    "How far the highest score is beyond what one more class would reach by chance."
+    n = len(scores) - 1
+    return max(scores) / (stdtrit(n - 1, 1 - _CHANCE) * (1 + 1/n)**.5).item()
 
 # %% ../nbs/method/15_verdict.ipynb #172aad12
 @dataclass(repr=False)
 class Verdict:
     "The answer, and what it rests on."
     identification:Identification # the classes that were asked, and how short the way to each is
-    score:float # how far the likeliest class stands out from the others, in deviations
+    score:float # how far the likeliest class stands out from the others, as many times as chance explains
     threshold:float=_THRESHOLD # the score from which it is a backdoor
 
     @property
@@ -45,7 +54,7 @@ class Verdict:
     def __repr__(self):
         name = self.identification.name
         answer = f"backdoored, towards '{name}'" if self.backdoored else f"no backdoor found (most likely '{name}')"
-        return f'{answer}: it stands out by {self.score:.1f}, and {self.threshold} is the limit'
+        return f'{answer}: it stands out by {self.score:.1f} times what chance explains'
 
     def _repr_html_(self):
         rows = sorted(self.identification.to_dict()['candidates'], key=lambda c: -c['score'])
@@ -63,11 +72,11 @@ def judge(
     threshold:float=_THRESHOLD, # the score from which it is a backdoor
 )->Verdict: # the answer
     "Weigh what the identification found."
-    asked = len(found.candidates)
-    if asked < _FEWEST:
-        raise InvertuneError(f'{asked} classes were asked, too few to compare one with the others: a verdict '
+    scores = [c['score'] for c in found.candidates]
+    if len(scores) < _FEWEST:
+        raise InvertuneError(f'{len(scores)} classes were asked, too few to compare one with the others: a verdict '
                              f'needs `identify` on at least {_FEWEST} class names')
-    return Verdict(found, max(c['score'] for c in found.candidates), threshold)
+    return Verdict(found, _stands_out(scores), threshold)
 
 # %% ../nbs/method/15_verdict.ipynb #3da260d8
 def scan(

@@ -72,11 +72,18 @@ def small():
     return demo()
 
 
+def limit_of(asked):
+    "Deviations that are the limit, where so many classes are asked."
+    from invertune.verdict import _stands_out
+    return 1 / _stands_out([1.] + [0.]*(asked - 1))
+
+
 def verdict_of(classes, scores, family='flow'):
-    "What `judge` says where these are the scores of all classes, in deviations."
+    "What `judge` says where these are the scores of all classes, in times what chance explains."
     import torch
     from invertune.identify import Identification
     from invertune.verdict import judge
+    scores = [s * limit_of(len(scores)) for s in scores]
     asked = [dict(index=i, family=family, gap=0., score=s, ways={family: s}) for i, s in enumerate(scores)]
     sure = torch.tensor(scores).softmax(0)
     return judge(Identification(list(classes), int(sure.argmax()), family, sure, [], asked))

@@ -190,7 +190,7 @@ def test_a_place_where_nothing_can_be_written(place, capfd, monkeypatch):
 def stub(monkeypatch, small):
     "A search that takes no time: what the shell does with a verdict is looked at apart from the verdict."
     def answer(backdoored):
-        verdict = verdict_of(small.classes, [9. if backdoored else 1., 0., .5, -.5, 0., 0.])
+        verdict = verdict_of(small.classes, [9. if backdoored else .6, 0., .5, -.5, 0., 0.])
         facts = _facts(verdict, 'a model', [], [{'class': 'sun', 'clean': 1., 'triggered': None}], dict(seed=0))
         monkeypatch.setattr(module, '_scan', lambda task: Report(facts, [], verdict))
     return answer

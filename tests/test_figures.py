@@ -96,9 +96,9 @@ DATA = dict(
     unseen=dict(rows=[r | dict(kind=r['attack'], images=0, took=True,
                                side='held out' if r['attack'] == 'sig' else 'development') for r in grid()], missing=0,
                 pictures={name: torch.zeros(3, 8, 8, dtype=torch.uint8) for name in ('as it was', *ATTACKS)}),
-    rates=[row(a, n, share=s, poisons=round(6000*s), score=9*s**.3, alarm=s > .01, asr=min(1., 6*s**.5) if n == 'none' else .01)
+    rates=[row(a, n, share=s, poisons=round(6000*s), score=4*s**.3, alarm=s > .01, asr=min(1., 6*s**.5) if n == 'none' else .01)
            for a in ATTACKS for s in (.003, .05, .2) for n in ('none', 'invertune')],
-    adaptive=[row(a, n, attacker=who, gap=.5, score=4. if n == 'invertune' else None, asr=s,
+    adaptive=[row(a, n, attacker=who, gap=.5, score=1.6 if n == 'invertune' else None, asr=s,
                   ca=.1 if (who, n) == ('evading', 'invertune-paper') else .9)
               for who in ('aligned', 'evading', 'anchored') for a in ('badnet', 'wanet') for n, s in LEFT.items()],
     ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
@@ -108,12 +108,12 @@ DATA = dict(
             for n in (64, 256, 1000)],
     domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k,
              s in (('none', .9), ('own', .01), ('photos', .1))],
-    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 3, threshold=3, backdoored=n == 'sig',
+    verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 1, threshold=1, backdoored=n == 'sig',
                             target=None, found=None, ca=.9, asr=.9 if n == 'sig' else None)
                        for g, t in enumerate(('resnet', 'vit')) for n,
-                       s in (('clean', 1+g), ('tuned', 1.5+g), ('sig', 9-7*g))],
+                       s in (('clean', .3+.3*g), ('tuned', .5+.2*g), ('sig', 3-2.3*g))],
                  harm=[dict(drop=0.)], costs=[dict(classes=c, identify=9., per_class=c/2) for c in (32, 1000)]),
-    scale=[row(a, 'none', profile=p, side=s, parameters=n, score=2. if d == 'clean' else 7., alarm=d != 'clean', removed=True,
+    scale=[row(a, 'none', profile=p, side=s, parameters=n, score=.6 if d == 'clean' else 3., alarm=d != 'clean', removed=True,
                asr=.9 if d == 'none' else .02) | dict(defense=d)
            for p, s, n in (('small', 32, 4e5), ('medium', 112, 7e6)) for a in ATTACKS for d in ('clean', 'none', 'invertune')])
 FIGURES = [(word, name) for word in EXPERIMENTS

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import verdict_of
+from conftest import limit_of, verdict_of
 
 from invertune import report as module
 from invertune.report import Report, _check_folder, _facts, _how_sure, _model_card, _page, _png
@@ -22,7 +22,7 @@ def says(sentence): return pytest.raises(InvertuneError, match=sentence)
 def make(backdoored=True, names=NASTY, cleaning=None, model='<script>model.pt'):
     "A report of made-up numbers."
     shares = torch.tensor([.9, *[.1/(len(names)-1)]*(len(names)-1)]).tolist()
-    verdict = verdict_of(names, [9.8 if backdoored else 1.2, .5, 0., -.5, -1., .2][:len(names)])
+    verdict = verdict_of(names, [9.8 if backdoored else .8, .5, 0., -.5, -1., .2][:len(names)])
     rows = [{'class': n, 'clean': 1/len(names), 'triggered': s if backdoored else None} for n, s in zip(names, shares)]
     controls = [{'class': n, 'target': i == 0, 'asr': s} for i, (n, s) in enumerate(zip(names, shares))] if backdoored else []
     picture = _png(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
@@ -33,7 +33,7 @@ def make(backdoored=True, names=NASTY, cleaning=None, model='<script>model.pt'):
     return Report(facts, samples, verdict)
 
 
-CLEANED = dict(score_after=1.1, named_after=None, controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, works_after=False, failed=None,
+CLEANED = dict(score_after=.7, named_after=None, controls_after=[{'class': 'sun', 'target': True, 'asr': .1}], kept=.99, drift=.02, asr_before=.98, asr_after=.01, asr_again=.05, removed=True, works_after=False, failed=None,
                layers=dict(layer1=.1, layer2=.8), layers_after=dict(layer1=.1, layer2=.1))
 
 
@@ -84,16 +84,16 @@ def test_words():
     assert said(works_after=True, asr_after=.4, named_after='sun').endswith("to the label, and a new scan still raises an alarm, towards 'sun'.")
     assert 'It was not removed: no trigger.' in make(cleaning=CLEANED | dict(failed='no trigger')).facts['headline']
     sure = lambda top: _how_sure(verdict_of('abcd', [top, 0., 0., 0.]))
-    assert all(sure(s).startswith(f'This is {w}: ') for s, w in ((9., 'clear'), (5., 'likely'), (4., 'close to the limit'),
-                                                                 (3., 'close to the limit'), (2., 'likely'), (1., 'clear')))
-    assert 'stands out from the others by 5.0 of their deviations, and 3 is the limit' in sure(5.)
+    assert all(sure(s).startswith(f'This is {w}: ') for s, w in ((3., 'clear'), (1.5, 'likely'), (1.1, 'close to the limit'),
+                                                                 (.9, 'close to the limit'), (.7, 'likely'), (.4, 'clear')))
+    assert 'stands out from the others by 5.0 times what chance explains.' in sure(5.)
     assert 'Not looked at' in repr(make()) and make().facts['basis'].startswith(f"Of {len(NASTY)} labels")
 
 
 def test_what_was_asked_is_shown_the_easiest_first():
     text = ''.join(Tags(_page(make(names=['sun', 'key', 'cloud', 'heart']).facts, [])).text)
     text = text[text.index('What was asked'):]
-    assert '9.8' in text and text.index('sun') < text.index('key') < text.index('cloud') < text.index('heart')
+    assert f"{9.8 * limit_of(4):.1f}" in text and text.index('sun') < text.index('key') < text.index('cloud') < text.index('heart')
 
 
 def test_it_is_saved_whole(tmp_path):

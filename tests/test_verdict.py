@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import verdict_of
+from conftest import limit_of, verdict_of
 
 from invertune import verdict
 from invertune.defender import Case, Defender
@@ -29,14 +29,28 @@ def state(clip): return {k: v.clone() for k, v in clip.state_dict().items()}
 def same(one, other): return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
+# How far a class stands out
+
+def test_the_limit_is_what_one_more_class_reaches_once_in_a_hundred():
+    "Of classes that are all alike, drawn from a normal, by their own mean and spread; the more there are, the lower it is."
+    for n in (3, 5, 11, 100):
+        x = torch.randn(100000, n + 1, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        t = (x[:, 0] - x[:, 1:].mean(1)) / x[:, 1:].std(1)
+        assert (t > limit_of(n + 1)).float().mean().item() == pytest.approx(.01, abs=.0015)
+
+
+def test_the_easiest_decides_wherever_it_was_asked():
+    assert verdict._stands_out([5., 0., 1., -1., 0.]) == verdict._stands_out([0., 1., 5., 0., -1.]) == pytest.approx(5 / limit_of(5))
+
+
 # The answer
 
 def test_a_target_is_named_only_with_a_backdoor():
     names, scores = ['sun', 'key', 'cloud', 'heart'], [0., 9., .2, -.1]
-    yes, no = verdict_of(names, scores), verdict_of(names, [0., 2., .2, -.1])
-    assert yes.backdoored and yes.target == 'key' and yes.family == 'flow' and yes.classes == names and yes.score == 9
+    yes, no = verdict_of(names, scores), verdict_of(names, [0., .9, .2, -.1])
+    assert yes.backdoored and yes.target == 'key' and yes.family == 'flow' and yes.classes == names and yes.score == pytest.approx(9)
     assert not no.backdoored and no.target is None and no.identification.name == 'key'
-    assert not judge(yes.identification, threshold=9.).backdoored and judge(no.identification, threshold=1.9).backdoored
+    assert not judge(yes.identification, threshold=9.1).backdoored and judge(no.identification, threshold=.8).backdoored
 
 
 def test_too_few_to_compare(small, defender):
@@ -50,8 +64,8 @@ def test_too_few_to_compare(small, defender):
 def test_a_verdict_draws_itself():
     "A sentence in a terminal, a table in a notebook, the easiest class first; a class name is text, whatever is in it."
     v = verdict_of(['sun', '<b>key', 'cloud', 'heart'], [.5, 9., -2., 0.])
-    assert repr(v) == "backdoored, towards '<b>key': it stands out by 9.0, and 3 is the limit"
-    assert repr(verdict_of(v.classes, [0., 1., 0., 0.])).startswith("no backdoor found (most likely '<b>key')")
+    assert repr(v) == "backdoored, towards '<b>key': it stands out by 9.0 times what chance explains"
+    assert repr(verdict_of(v.classes, [0., .5, 0., 0.])).startswith("no backdoor found (most likely '<b>key')")
     page = v._repr_html_()
     assert page.count('<tr>') == 5 and '&lt;b&gt;key' in page and '<b>key' not in page
     assert page.index('key</td>') < page.index('sun</td>') < page.index('heart</td>') < page.index('cloud</td>')

@@ -48,8 +48,8 @@ def test_the_trial_has_enough_models():
 
 
 def judged(group, score, bad, name='sig', found='sun'):
-    return dict(group=group, tower='vit', name=name if bad else 'clean', score=score, threshold=3, alarm=score > 3,
-                backdoored=bad, target='sun' if bad else None, found=found if score > 3 else None, ca=.9,
+    return dict(group=group, tower='vit', name=name if bad else 'clean', score=score, threshold=1, alarm=score > 1,
+                backdoored=bad, target='sun' if bad else None, found=found if score > 1 else None, ca=.9,
                 asr=.95 if bad else None)
 
 

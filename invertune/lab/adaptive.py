@@ -137,7 +137,7 @@ def _measure(victim, who, recipe, params):
 def _order(row): return list(_KNOWING).index(row['attacker']), rank(row['attack'], row['defense'])
 
 def _table(rows):
-    "Every attacker and defence, percent; the gap and the score in nats and deviations."
+    "Every attacker and defence, percent; the gap in nats, the score in times what chance explains."
     def line(row):
         named = 'yes' if row['found'] == row['target'] else 'no' if row['found'] else ''
         return dict(attacker=row['attacker'], attack=row['attack'], defense=row['defense'], ca=100*row['ca'], asr=100*row['asr'],

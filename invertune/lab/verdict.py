@@ -95,7 +95,7 @@ def _scores(data):
     for y,words in ((honest - .55, 'no backdoor'), (honest - .45, 'backdoored')):
         a.annotate(words, (1, y), xycoords=('axes fraction', 'data'), ha='right',
                    va='bottom' if words == 'no backdoor' else 'top', fontsize=SMALL, color='.35')
-    a.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel='score (deviations from control classes)')
+    a.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel='score (times what chance explains)')
     a.invert_yaxis(); a.legend()
     x,y,_ = roc_curve([r['backdoored'] for r in rows], [r['score'] for r in rows])
     b.plot(100*x, 100*y, color='k'); b.plot([0,100], [0,100], color='gray', lw=.8, ls='--')
