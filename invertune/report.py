@@ -257,7 +257,7 @@ def _sections(
     if c and c['layers']:
         yield 'Layers', 'How much the rebuilt trigger moves each layer, before (blue) and after (gray).', \
             _layer_table(c['layers'], c['layers_after'])
-    yield ('What was asked', 'How much easier each label is reached than the others of these, by a short search of the same '
+    yield ('What was asked', 'How much easier each label is reached than the others, by a short search of the same '
            'effort; its gap, how far its text lies from its images, is counted in. Both in deviations.',
            _evidence_table(facts['evidence']))
 

@@ -18,13 +18,13 @@ from .style import SMALL, WIDTH, figure, legend, look
 from .tables import Experiment, is_lost, kept_rows, rank, read_rows, shown_name
 from ..model import read_tensors
 from ..runtime import InvertuneError
-from ..verdict import _THRESHOLD, _stands_out, scan
+from ..verdict import _FEWEST, _THRESHOLD, _stands_out, scan
 
 # %% ../../nbs/lab/07_unseen.ipynb #28871215
 def _score(report):
     "How far the named label stands out, where a defence has asked several classes."
     scores = [c['score'] for c in report.get('identification', {}).get('candidates', [])]
-    return _stands_out(scores) if len(scores) > 3 else None
+    return _stands_out(scores) if len(scores) >= _FEWEST else None
 
 def _defended(victim, params, sizes):
     "Rows of every defence and number of images."
