@@ -49,10 +49,12 @@ def test_an_experiment_costs_what_it_adds_to_the_main_job(toy):
     lock(toy, train_at_toy=dict(outs=[model]), report_main_at_toy=dict(deps=[model]),
          scarce_at_toy=dict(deps=[model], outs=[rows]), report_scarce_at_toy=dict(deps=[rows]))
     costs = {'train@toy': 1200, 'report-main@toy': 0, 'scarce@toy': 240, 'report-scarce@toy': 0, 'other@toy': 9999}
-    costs = {n: dict(seconds=s, peak_mb=1024) for n, s in costs.items()}
+    costs = {n: dict(seconds=2*s, cpu=s, peak_mb=1024) for n, s in costs.items()}
     (toy/'results'/'toy'/'costs.json').write_text(json.dumps(costs))
     assert pages.cost_of('toy', 'main') == '10 min, 1.0 GB' and pages.cost_of('toy', 'scarce') == '2 min, 1.0 GB'
     assert pages.cost_of('toy', 'verdict') == '?'
+    (toy/'results'/'toy'/'costs.json').write_text(json.dumps({n: c for n, c in costs.items() if n != 'scarce@toy'}))
+    assert pages.cost_of('toy', 'scarce') == '?'  # half a sum is none
 
 
 def test_pages_quote_an_experiment(toy):

@@ -75,7 +75,9 @@ def test_plain_dvc_goes_on(repo):
 def test_failure_says_why_and_keeps_results(repo):
     assert repo.run('scheduler').returncode == 0
     (repo.root/'work.sh').write_text('echo "invertune: twin: The attack did not take." >&2; exit 1')
-    costs, = (repo.root/'.cache'/'costs').iterdir()
+    costs = repo.root/'results'/'glyphs'/'costs.json'
+    known = json.loads(costs.read_text())
+    assert {'twin@a', 'twin@b', 'report-main@glyphs'} <= known.keys() and all(c['cpu'] >= 0 < c['peak_mb'] for c in known.values())
     costs.write_text(json.dumps({'twin@a': {'seconds': 1}, 'twin@b': {'seconds': 2}}))
     ran = repo.run('scheduler', '--jobs', '1')
     assert ran.returncode == 1

@@ -60,4 +60,4 @@ def _runs(rows):
 seeds = Experiment(
     'seeds', 'Does it hold for other victims, triggers and targets?', _load,
     tables={'table': mean_table, 'rows': rows_table}, figures={'figure': _runs}, said=mean_sentences,
-                   costs=('defend/1[1-3]/*/*/cost.json',))
+                   costs=('defend/[1-9]*/*/*/cost.json',))

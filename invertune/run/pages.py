@@ -119,15 +119,15 @@ def _closure(
 def cost_of(
     profile:str, # such as 'glyphs'
     word:str, # an experiment, such as 'durability'
-    jobs:int=2, # runs side by side
-)->str: # such as '25 min, 1.2 GB'; '?' where nothing is known
-    "What an experiment cost beyond the main job (and the main job itself): wall clock, the largest process."
+    jobs:int=2, # cores with nothing else to do
+)->str: # such as '25 min, 1.2 GB'; '?' where a stage is not known
+    "What an experiment cost beyond the main job (and the main job itself): processor time over cores, the largest process."
     file, locked = RESULTS/profile/'costs.json', _locked()
     names = _closure(locked, f'report-{word}@{profile}')
     if word != 'main': names -= _closure(locked, f'report-main@{profile}')
-    costs = [c for n, c in (load_json(file) if file.exists() else {}).items() if n in names]
-    if not costs: return '?'
-    minutes, peak = sum(c['seconds'] for c in costs)/60/jobs, max(c['peak_mb'] for c in costs)/1024
+    names, kept = {n for n in names if not n.startswith('data@')}, load_json(file) if file.exists() else {}  # data: in git
+    if not names or names - kept.keys(): return '?'
+    minutes, peak = sum(kept[n]['cpu'] for n in names)/60/jobs, max(kept[n]['peak_mb'] for n in names)/1024
     return f'{max(1, round(minutes))} min, {peak:.1f} GB'
 
 # %% ../../nbs/run/02_pages.ipynb #a7f4a919

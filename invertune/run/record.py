@@ -160,21 +160,17 @@ def record(
         made[0].dvcfile.dump_stages(made, update_pipeline=False)
 
 # %% ../../nbs/run/03_record.ipynb #7b2a8e77
+def _costs_file(profile): return RESULTS/profile/'costs.json'
+
 def load_costs(
     profile:str, # such as 'glyphs'
 )->dict: # stage -> seconds, CPU seconds (cpu) and MB (peak_mb)
-    "What stages cost here, or where the committed results were made."
-    files = CACHE/'costs'/f'{profile}.json', RESULTS/profile/'costs.json'
-    return next((load_json(file) for file in files if file.exists()), {})
+    "What stages cost when they were made last."
+    return load_json(file) if (file := _costs_file(profile)).exists() else {}
 
 def publish_costs(
     profile:str, # such as 'glyphs'
-    names:list, # the stages of a whole run
-    costs:dict, # as `load_costs` gives them
+    made:dict, # the stages that came to their end, as `load_costs` gives them
 )->None:
-    "Put the costs of a whole run beside the results; those that are there stay as they are."
-    file = RESULTS/profile/'costs.json'
-    kept = load_json(file) if file.exists() else {}
-    needed = {n for n in names if not n.endswith('.dvc') and not n.startswith('data@')}  # these are in git
-    whole = needed <= costs.keys() | kept.keys()
-    if whole and needed - kept.keys(): save_json(file, {**{n: costs[n] for n in names if n in costs}, **kept})
+    "Keep what stages cost beside the results."
+    if made: save_json(_costs_file(profile), load_costs(profile) | made)

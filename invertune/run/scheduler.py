@@ -95,7 +95,7 @@ class Run:
         self.urgency, self.order = _urgency(above, self.costs), TopologicalSorter(above)
         self.order.prepare()
         self.workers = stage_params('train', profile).get('workers', 1)
-        self.ready, self.running, self.made, self.failures, self.done = [], [], [], [], set()
+        self.ready, self.running, self.made, self.failures, self.done = [], [], {}, [], set()
         self.begun, self.shown, self.recorded = time.time(), 0., time.time()
 
     def go(self)->None:
@@ -112,7 +112,6 @@ class Run:
                     time.sleep(.1)
         finally:
             stop(self.running)
-            save_json(CACHE/'costs'/f'{self.profile}.json', self.costs)
             self.record()
 
     def start(self)->None:
@@ -144,8 +143,7 @@ class Run:
         "A stage that ended well is to be recorded; of another, say at once what went wrong."
         self.running.remove(job)
         if job.status: return self.fail(job)
-        self.made.append(self.stages[job.name])
-        self.costs[job.name] = job.cost
+        self.made[job.name], self.costs[job.name] = self.stages[job.name], job.cost
         self.finish(job.name)
         took = tqdm.format_interval(job.seconds)
         self.console.print(f'[{len(self.done)}/{len(self.stages)}] {job.name} done in {took}')
@@ -158,9 +156,10 @@ class Run:
             self.console.print(f'{names} may finish; nothing new is started.')
 
     def record(self)->None:
-        "Tell DVC what has been made since the last time."
-        self.recorded, made, self.made = time.time(), self.made, []
-        record(self.repo, made, self.stamps)
+        "Tell DVC what has been made since the last time, and keep what it cost."
+        self.recorded, made, self.made = time.time(), self.made, {}
+        record(self.repo, list(made.values()), self.stamps)
+        publish_costs(self.profile, {name: self.costs[name] for name in made})
 
     def seconds_left(self)->float:
         "All work that is left, shared among the jobs; the longest of those under way is a lower bound."
@@ -197,7 +196,6 @@ def _run_pipeline(
         if run.failures: raise InvertuneError('\n'.join(run.failures))
         with locked(repo): again = sorted(n for n, s in run.stages.items() if s.status())
         if again: raise InvertuneError(f'After the run {", ".join(again)} had to run again: an input changed meanwhile.')
-        publish_costs(profile, list(run.stages), run.costs)
     for target in targets: _show_results(RESULTS/profile/_kind(target).removeprefix('report-'))
 
 def _show_results(folder:Path)->None:
