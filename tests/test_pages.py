@@ -6,14 +6,14 @@ import re
 import pytest
 import yaml
 
-from invertune.run import pages
+from invertune.run import pages, record
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     "A checkout with a lock, costs and one page of results."
     monkeypatch.setattr(pages, 'ROOT', tmp_path)
-    monkeypatch.setattr(pages, 'RESULTS', tmp_path/'results')
+    for module in (pages, record): monkeypatch.setattr(module, 'RESULTS', tmp_path/'results')
     code = tmp_path/'invertune'/'a.py'
     code.parent.mkdir()
     code.write_text('x = 1')

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from ..lab.profiles import NBS, RESULTS, ROOT
-from ..runtime import InvertuneError, atomic_path, load_json
+from .record import load_costs
+from ..runtime import InvertuneError, atomic_path
 
 # %% ../../nbs/run/02_pages.ipynb #513df811
 _PAGES = {'README.md': 'index', 'ARTIFACT.md': 'artifact', 'results/README.md': 'results'}  # file -> notebook in nbs/
@@ -122,10 +123,10 @@ def cost_of(
     jobs:int=2, # cores with nothing else to do
 )->str: # such as '25 min, 1.2 GB'; '?' where a stage is not known
     "What an experiment cost beyond the main job (and the main job itself): processor time over cores, the largest process."
-    file, locked = RESULTS/profile/'costs.json', _locked()
+    locked, kept = _locked(), load_costs(profile)
     names = _closure(locked, f'report-{word}@{profile}')
     if word != 'main': names -= _closure(locked, f'report-main@{profile}')
-    names, kept = {n for n in names if not n.startswith('data@')}, load_json(file) if file.exists() else {}  # data: in git
+    names = {n for n in names if not n.startswith('data@')}  # the data are in git
     if not names or names - kept.keys(): return '?'
     minutes, peak = sum(kept[n]['cpu'] for n in names)/60/jobs, max(kept[n]['peak_mb'] for n in names)/1024
     return f'{max(1, round(minutes))} min, {peak:.1f} GB'

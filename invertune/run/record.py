@@ -170,7 +170,7 @@ def load_costs(
 
 def publish_costs(
     profile:str, # such as 'glyphs'
-    made:dict, # the stages that came to their end, as `load_costs` gives them
+    costs:dict, # as `load_costs` gives them
 )->None:
     "Keep what stages cost beside the results."
-    if made: save_json(_costs_file(profile), load_costs(profile) | made)
+    save_json(_costs_file(profile), costs)

@@ -95,7 +95,7 @@ class Run:
         self.urgency, self.order = _urgency(above, self.costs), TopologicalSorter(above)
         self.order.prepare()
         self.workers = stage_params('train', profile).get('workers', 1)
-        self.ready, self.running, self.made, self.failures, self.done = [], [], {}, [], set()
+        self.ready, self.running, self.made, self.failures, self.done = [], [], [], [], set()
         self.begun, self.shown, self.recorded = time.time(), 0., time.time()
 
     def go(self)->None:
@@ -143,7 +143,8 @@ class Run:
         "A stage that ended well is to be recorded; of another, say at once what went wrong."
         self.running.remove(job)
         if job.status: return self.fail(job)
-        self.made[job.name], self.costs[job.name] = self.stages[job.name], job.cost
+        self.made.append(self.stages[job.name])
+        self.costs[job.name] = job.cost
         self.finish(job.name)
         took = tqdm.format_interval(job.seconds)
         self.console.print(f'[{len(self.done)}/{len(self.stages)}] {job.name} done in {took}')
@@ -157,9 +158,9 @@ class Run:
 
     def record(self)->None:
         "Tell DVC what has been made since the last time, and keep what it cost."
-        self.recorded, made, self.made = time.time(), self.made, {}
-        record(self.repo, list(made.values()), self.stamps)
-        publish_costs(self.profile, {name: self.costs[name] for name in made})
+        self.recorded, made, self.made = time.time(), self.made, []
+        record(self.repo, made, self.stamps)
+        if made: publish_costs(self.profile, self.costs)
 
     def seconds_left(self)->float:
         "All work that is left, shared among the jobs; the longest of those under way is a lower bound."
