@@ -37,6 +37,8 @@ _PARTS = { # parameters of `tune`
     'triggers that stand still': dict(mover=dict(steps=0)),
     'fresh triggers alone': dict(mover=dict(anew=1.)),
     'fresh triggers where found': dict(mover=dict(wander=7)),
+    'clean images as they are': dict(mover=dict(varied=0.)),
+    'all the way': dict(alpha=1.),
     'statistics that stand still': dict(statistics=('absorb',)),
     'statistics not absorbed': dict(statistics=('follow',)),
     'statistics as received': dict(statistics=())}

@@ -19,7 +19,7 @@ from .profiles import result_dir, stage_params
 from .style import SMALL, WIDTH, figure, legend, look
 from .tables import Experiment, is_lost, rank, read_rows, shown_name
 from ..runtime import InvertuneError, progress
-from ..tune import tune, tune_paper
+from ..tune import between, tune, tune_paper
 
 # %% ../../nbs/lab/05_selection.ipynb #4c3c10a9
 def _settings(grid):
@@ -49,7 +49,20 @@ def _shared_steps(victim, defense, params):
     target = case.index(victim.target) if first is None else first(case, **params.get('identify', {})).target
     bank = second(case, target, **params.get('invert', {}))
     report = dict(target=case.classes[target], inverted_asr=bank.inverted_asr, failed=bank.failed)
-    return lambda tuning: (third(case, target, bank, **tuning)[0] if bank.passed else victim.clip, report)
+    if not bank.passed: return lambda tuning: (victim.clip, report)
+    if third is tune: third = _shared_tuning()
+    return lambda tuning: (third(case, target, bank, **tuning)[0], report)
+
+def _shared_tuning():
+    "`tune` that goes all the way once for all values of `alpha`."
+    made = {}
+    def run(case, target, bank, alpha=None, **tuning):
+        if alpha is None: return tune(case, target, bank, **tuning)
+        key = repr(sorted(tuning.items()))
+        if key not in made: made[key] = tune(case, target, bank, alpha=1., **tuning)
+        whole, report = made[key]
+        return between(case, whole, alpha), report
+    return run
 
 def _measure(victim, defense, grid, params):
     "Rows of every setting of one defense on one victim."
@@ -68,7 +81,7 @@ def _line_of(row):
     "A row in percent, with what the rule makes of it."
     ca, asr, robust = (100*row[key] for key in ('ca', 'asr', 'robust'))
     return dict(defense=row['defense'], setting=_words(row['setting']), ca=ca, asr=asr, robust=robust,
-                score=ca + min(robust, 100*row['robust_clean']) - asr, lost=int(is_lost(row)),
+                score=2*ca + min(robust, 100*row['robust_clean']) - asr, lost=int(is_lost(row)),
                 failed=int(bool(row['failed'])))
 
 def _means(rows):

@@ -232,7 +232,8 @@ def _sentence(defense, images, rows, before):
     named = f"the label named rightly in {told['named']:.0f} % of {told['runs']} runs, "
     return (f"Held-out kinds, {shown_name(defense)} with {_images(images)} images: {named if _asks(rows) else ''}"
             f"a mean ASR of {told['asr_mean']:.1f} %, over 10 % in {told['asr_over_10']:.0f} % of the runs; "
-            f"{told['robust_gap_mean']:.1f} points less of the triggered images read than by the clean model, "
+            f"{abs(told['robust_gap_mean']):.1f} points {'less' if told['robust_gap_mean'] > 0 else 'more'} of the "
+            f"triggered images read than by the clean model, "
             f"CA {told['ca_drop_mean']:.1f} points down; {told['failed']} failed, {told['lost']} lost.")
 
 def _said(data):
