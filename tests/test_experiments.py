@@ -65,9 +65,24 @@ def chosen(module, *rows):
     return list(table.loc[table['note'] != '', 'setting'])
 
 
-def test_the_rule_weighs_accuracy_and_attack_success_alike(module):
+def test_the_rule_counts_clean_accuracy_twice(module):
     assert chosen(module, tried('ft', {'lr': 1}, .91, .5), tried('ft', {'lr': 2}, .85, .3),
                   tried('ft', {'lr': 3}, .5, .0)) == ['lr 2']
+    assert chosen(module, tried('ft', {'lr': 1}, .91, .5), tried('ft', {'lr': 2}, .85, .4)) == ['lr 1']
+
+
+def test_settings_that_share_a_tuning_are_as_if_each_were_tuned(module):
+    from invertune.attacks import demo
+    from invertune.defender import Case
+    from invertune.invert import Bank
+    from invertune.search import random_perturbation
+    from invertune.tune import tune
+    d, run = demo(), module._shared_tuning()
+    case, bank = Case(d.bad, d.defender), Bank([random_perturbation('patch', 32)], [1.])
+    made = [run(case, 0, bank, steps=2, lr=lr, alpha=a)[0].state_dict() for lr, a in ((1e-3, .5), (1e-3, .9), (2e-3, .5))]
+    alone = tune(case, 0, bank, steps=2, lr=1e-3, alpha=.9)[0].state_dict()
+    assert all(v.equal(alone[k]) for k, v in made[1].items())
+    assert not all(v.equal(made[2][k]) for k, v in made[0].items())
 
 
 def test_the_rule_asks_for_the_reading_up_to_the_clean_models(module):

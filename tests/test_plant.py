@@ -120,7 +120,7 @@ def test_more_poisons_than_images_are_refused(setup):
 # Planting
 
 def test_strength_is_raised_until_it_takes(monkeypatch):
-    "The first strength that is learned is kept; where none is, the last one is, and it says so."
+    "The first strength that is learned is kept; where none is, the last one is taught twice as long, and it says so."
     base, tried = demo_victim(), []
     def taught(setup, kind, strength, **recipe):
         tried.append(strength)
@@ -131,11 +131,11 @@ def test_strength_is_raised_until_it_takes(monkeypatch):
     asr, rows = {.2: .1, .5: .95, 1.: .99}, Planted.rows
     given = lambda v, *a, **k: [r | dict(asr=asr[v.triggers[0].meta['strength']]) for r in rows(v, *a, **k)]
     monkeypatch.setattr(Planted, 'rows', given)
-    made = lambda *strengths: plant._plant('wave-0', base.dataset, base.clean, 0, {}, strengths, max_drop=.1)
+    made = lambda *strengths: plant._plant('wave-0', base.dataset, base.clean, 0, dict(epochs=3), strengths, max_drop=.1)
     victim = made(.2, .5, 1.)
     assert tried == [.2, .5] and [s['took'] for s in victim.steps] == [False, True] and victim.took
     assert victim.triggers[0].meta['strength'] == .5
-    assert not made(.2).took and len(made(.2).steps) == 1
+    assert not made(.2).took and [s['epochs'] for s in made(.2).steps] == [3, 6]
 
 
 def test_what_is_planted_is_seen_by_the_model_alone(planted):

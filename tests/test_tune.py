@@ -14,7 +14,8 @@ from invertune.model import Clip, load_clip, pixels, save_clip, tiny_clip
 from invertune.runtime import InvertuneError
 from invertune.search import FAMILIES, random_perturbation, sign_step
 from invertune.triggers import Trigger
-from invertune.tune import _absorb_bn_stats, _inspect_layers, _prototypes, _select_layers, tune, tune_paper, _update_bn_stats
+from invertune.tune import (_absorb_bn_stats, _inspect_layers, _prototypes, _select_layers, _update_bn_stats, _varied, between,
+                            tune, tune_paper)
 
 
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
@@ -50,6 +51,26 @@ def tuned(case, bank):
     before = state(case.clip), case.images.clone(), {k: v.clone() for k, v in bank[0].tensors.items()}
     paper, ours = tune_paper(case, 4, bank, steps=3, lr=1e-3), tune(case, 4, bank, steps=4)
     return before, dict(paper=paper, ours=ours)
+
+
+def test_clean_images_are_moved_a_little_and_by_other_amounts_every_time(case):
+    x, gen = pixels(case.images[:8]), torch.Generator().manual_seed(0)
+    one, two = _varied(x, .5, gen), _varied(x, .5, gen)
+    assert one.shape == x.shape and torch.equal(one[4:], x[4:]) and not torch.equal(one[:4], two[:4])
+    assert (one[:4] - x[:4]).abs().mean() < (x[:4] - x[4:]).abs().mean()  # nearer to itself than to another one
+    assert torch.equal(_varied(x, 0., gen), x)
+
+
+def test_between_is_as_received_at_one_end_and_as_tuned_at_the_other(case, tuned):
+    ours, f0 = tuned[1]['ours'][0], case.embeddings
+    def away(alpha): return (embed(between(case, ours, alpha), case.images) - f0).norm(dim=1).mean().item()
+    assert away(0.) < .2 * away(1.) and away(0.) < away(.5) < away(1.)
+    assert same(state(between(case, ours, 1., ())), state(ours)) and ours is not between(case, ours, 1., ())
+
+
+def test_alpha_is_how_far_the_tuning_goes(case, bank, tuned):
+    whole, half = tune(case, 4, bank, steps=4, alpha=1.)[0], tune(case, 4, bank, steps=4, alpha=.5)[0]
+    assert same(state(half), state(between(case, whole, .5)))
 
 
 def test_micro_batches_have_the_gradient_of_the_whole(case, bank, monkeypatch):

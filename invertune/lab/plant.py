@@ -179,14 +179,15 @@ def _taught(setup, kind, strength, poisons, **recipe):
     return clip.eval(), trigger
 
 def _plant(name, dataset, clean, seed, recipe, strengths, min_asr=.9, max_drop=.03, n_images=0, vit={}):
-    "The victim of the weakest strength that takes, or of the last one."
+    "The victim of the weakest strength that takes, or of the last one, taught twice as long."
     (kind, draw, is_vit), steps = _parts(name), []
     if is_vit: clean = _vit_tower(clean, dataset['pretrain'], **vit, seed=seed)
     setup = Setup(clean, dataset['poison'], dataset.classes, dataset.templates, _target(name, dataset.classes), draw)
-    for strength in strengths:
-        clip, trigger = _taught(setup, kind, strength, **recipe)
+    longer = recipe | dict(epochs=2*recipe['epochs'])
+    for strength, how in [*((s, recipe) for s in strengths), (strengths[-1], longer)]:
+        clip, trigger = _taught(setup, kind, strength, **how)
         victim = Planted(dataset, seed, name, clean, clip, [trigger], n_images, steps)
         row, = victim.rows(clip, 'none')
-        steps.append(row | dict(took=row['asr'] >= min_asr and row['ca'] >= row['ca_clean'] - max_drop))
+        steps.append(row | dict(epochs=how['epochs'], took=row['asr'] >= min_asr and row['ca'] >= row['ca_clean'] - max_drop))
         if victim.took: break
     return victim
