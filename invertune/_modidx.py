@@ -1215,6 +1215,8 @@ d = { 'settings': { 'branch': 'main',
                                    'invertune.verdict._ask_class': ('method/verdict.html#_ask_class', 'invertune/verdict.py'),
                                    'invertune.verdict._seconds': ('method/verdict.html#_seconds', 'invertune/verdict.py'),
                                    'invertune.verdict._stands_out': ('method/verdict.html#_stands_out', 'invertune/verdict.py'),
+                                   'invertune.verdict._together': ('method/verdict.html#_together', 'invertune/verdict.py'),
+                                   'invertune.verdict.examine': ('method/verdict.html#examine', 'invertune/verdict.py'),
                                    'invertune.verdict.judge': ('method/verdict.html#judge', 'invertune/verdict.py'),
                                    'invertune.verdict.scan': ('method/verdict.html#scan', 'invertune/verdict.py'),
                                    'invertune.verdict.scan_costs': ('method/verdict.html#scan_costs', 'invertune/verdict.py')}}}

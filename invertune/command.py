@@ -24,14 +24,13 @@ from .defender import *
 from .defenses import defend
 from .glyphs import font_path
 from .images import _as_shown, _check_reading, _rgb, make_defender
-from .identify import identify
 from .invert import invert
 from .metrics import embed
 from .model import *
 from .report import Report, _check_folder, _controls, _facts, _model_card, _prediction_shares, _samples, _whole_folder
 from .runtime import InvertuneError, atomic_path, check_choice, fill, pick_device, save_json, set_threads
 from .triggers import *
-from .verdict import Verdict, judge
+from .verdict import Verdict, examine
 
 # %% ../nbs/method/20_command.ipynb #20000005
 @contextmanager
@@ -221,7 +220,7 @@ def _judged(
 
 def _verdict(task:_Task, case:Case)->Verdict: # on the model of a case, which may be the cleaned one
     "As much of `scan` as the budget allows, without a second look at the clean images."
-    return judge(identify(case, seed=task.seed, **task.budget['identify']))
+    return examine(case, task.seed, **task.budget['identify'])
 
 def _scan(
     task:_Task, # what to judge
