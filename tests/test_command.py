@@ -306,7 +306,7 @@ def short(monkeypatch):
     def limit(threshold):
         budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2, share=.5))
         monkeypatch.setitem(module._BUDGETS, 'quick', budget)
-        monkeypatch.setattr(module, 'judge', lambda found: verdict.judge(found, threshold))
+        monkeypatch.setattr(module, 'examine', lambda case, seed, **params: verdict.judge(identify(case, seed=seed, **params), threshold))
     return limit
 
 
@@ -439,7 +439,7 @@ def test_all_parts_of_a_report_by_a_short_search(small, short, monkeypatch):
     monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=step2, again=True))
     asked = []
     def count(*args, **kw): asked.append(args); return identify(*args, **kw)
-    monkeypatch.setattr(module, 'identify', count)
+    monkeypatch.setattr(verdict, 'identify', count)
     monkeypatch.setattr(step1, 'identify', count)
     report = scan_model(small.bad, small.defender, budget='quick')
     assert report.backdoored and len(report.samples) == 6 and len(report.facts['controls']) == 3 and len(report.bank)

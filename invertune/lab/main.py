@@ -349,4 +349,4 @@ main = Experiment(
              'identification': lambda data: _identification(data['reports'], data['truth']),
              'activation_differences': lambda data: _activation_differences(data['reports']),
              'embedding_projection': lambda data: _embedding_projection(data['embeddings'])},
-    said=lambda data: mean_sentences(data['rows']), command='make repro', costs=('defend/0/*/*/cost.json',))
+    said=lambda data: mean_sentences(data['rows']), command='make repro', costs=('defend/*/*/*/cost.json',))
