@@ -30,7 +30,7 @@ from .model import *
 from .report import Report, _check_folder, _controls, _facts, _model_card, _prediction_shares, _samples, _whole_folder
 from .runtime import InvertuneError, atomic_path, check_choice, fill, pick_device, save_json, set_threads
 from .triggers import *
-from .verdict import Verdict, examine
+from .verdict import Verdict, _examine
 
 # %% ../nbs/method/20_command.ipynb #20000005
 @contextmanager
@@ -220,7 +220,7 @@ def _judged(
 
 def _verdict(task:_Task, case:Case)->Verdict: # on the model of a case, which may be the cleaned one
     "As much of `scan` as the budget allows, without a second look at the clean images."
-    return examine(case, task.seed, **task.budget['identify'])
+    return _examine(case, task.seed, **task.budget['identify'])
 
 def _scan(
     task:_Task, # what to judge

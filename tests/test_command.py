@@ -306,7 +306,7 @@ def short(monkeypatch):
     def limit(threshold):
         budget = module._BUDGETS['quick'] | dict(identify=dict(families=('patch', 'flow'), least=4, draws=4, steps=2, share=.5))
         monkeypatch.setitem(module._BUDGETS, 'quick', budget)
-        monkeypatch.setattr(module, 'examine', lambda case, seed, **params: verdict.judge(identify(case, seed=seed, **params), threshold))
+        monkeypatch.setattr(module, '_examine', lambda case, seed, **params: verdict.judge(identify(case, seed=seed, **params), threshold))
     return limit
 
 

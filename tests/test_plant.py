@@ -9,7 +9,7 @@ import invertune.lab.plant as plant
 from invertune.attacks import Setup, demo_split
 from invertune.lab.plant import Planted
 from invertune.lab.population import POPULATION, draw_trigger
-from invertune.lab.profiles import ROOT, load_params, read_yaml
+from invertune.lab.profiles import ROOT, load_params, _read_yaml
 from invertune.lab.victim import demo_victim
 from invertune.model import save_clip
 from invertune.runtime import InvertuneError
@@ -31,7 +31,7 @@ def planted():
     return plant._plant('wave-1', base.dataset, base.clean, 0, **how), weights
 
 
-def stages(): return read_yaml((ROOT/'dvc.yaml').read_text(), 'dvc.yaml')['stages']
+def stages(): return _read_yaml((ROOT/'dvc.yaml').read_text(), 'dvc.yaml')['stages']
 
 
 def poisoned(setup, kind, n=12):

@@ -9,7 +9,7 @@ __all__ = ['check_parameters', 'run_words']
 import ast, os, re, signal, sys, time
 from pathlib import Path
 
-from ..lab.profiles import CACHE, NBS, ROOT, STAGES, named_params, read_yaml, result_dir, stage_params
+from ..lab.profiles import CACHE, NBS, ROOT, STAGES, named_params, _read_yaml, result_dir, stage_params
 from .jobs import Job, stop
 from ..runtime import InvertuneError, atomic_path, check_choice, check_type
 
@@ -212,7 +212,7 @@ def _parse_assignments(
     names = [w.split('=')[0] for w in words]
     twice = [n for i, n in enumerate(names) if n in names[:i]]
     if twice: raise InvertuneError(f"The parameter '{twice[0]}' is given twice; which one is meant?")
-    return {n: read_yaml(w.split('=', 1)[1], f"The value of '{n}'") for n, w in zip(names, words)}
+    return {n: _read_yaml(w.split('=', 1)[1], f"The value of '{n}'") for n, w in zip(names, words)}
 
 # %% ../../nbs/run/00_stages.ipynb #ce3843a4
 def run_words(
