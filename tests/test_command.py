@@ -439,7 +439,7 @@ def test_all_parts_of_a_report_by_a_short_search(small, short, monkeypatch):
     monkeypatch.setitem(module._BUDGETS, 'quick', module._BUDGETS['quick'] | dict(invert=step2, again=True))
     asked = []
     def count(*args, **kw): asked.append(args); return identify(*args, **kw)
-    monkeypatch.setattr(verdict, 'identify', count)
+    monkeypatch.setattr(module, '_examine', lambda case, seed, **kw: verdict.judge(count(case, seed=seed, **kw), -1.))
     monkeypatch.setattr(step1, 'identify', count)
     report = scan_model(small.bad, small.defender, budget='quick')
     assert report.backdoored and len(report.samples) == 6 and len(report.facts['controls']) == 3 and len(report.bank)
