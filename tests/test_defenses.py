@@ -196,7 +196,7 @@ def test_the_notebook_keeps_secrets():
 
 # Every attack is cured
 
-RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.5),
+RECIPES = dict(badnet=dict(size=48), blended=dict(cell=8), sig={}, wanet=dict(k=32, strength=3.5, epochs=20),
                badclip=dict(size=48, trigger_steps=60),
                badencoder=dict(size=48, pattern='fixed', epochs=12, lr=1e-3, bs=32, keep=3.))
 POISON = dict(poisons=128, epochs=12, lr=.008, bs=32)
