@@ -104,8 +104,8 @@ DATA = dict(
     ablations=dict(rows=[row(a, 'invertune', variant=v, asr=s, ca=.1 if (a, v) == ('sig', 'no margin') else .9)
                          for a in ATTACKS for v, s in (('undefended', .9), ('whole', .02), ('no margin', .1))],
                    truth=dict.fromkeys(ATTACKS, 'cat'), identified={}),
-    scarce=[row(a, 'invertune', images=n, asr=20/n, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS
-            for n in (64, 256, 1000)],
+    scarce=[row(a, d, images=n, asr=20/n if n else .9, ca=.1 if (a, n) == ('sig', 64) else .9) for a in ATTACKS
+            for d, sizes in (('none', [0]), ('ft', (64, 256, 1000)), ('invertune', (64, 256, 1000))) for n in sizes],
     domains=[row(a, 'invertune', images=k, asr=s, ca=.1 if (a, k) == ('sig', 'photos') else .9) for a in ATTACKS for k,
              s in (('none', .9), ('own', .01), ('photos', .1))],
     verdict=dict(rows=[dict(group=g, tower=t, name=n, score=s, alarm=s > 1, threshold=1, backdoored=n == 'sig',

@@ -6,6 +6,7 @@ import sys
 from configparser import ConfigParser
 
 import pytest
+import yaml
 
 from invertune.lab.profiles import ROOT
 
@@ -47,6 +48,17 @@ def test_experiments_do_not_need_the_machinery(file):
 def test_the_machinery_knows_of_experiments_only_their_places(file):
     found = inside(imported(file), 'invertune.lab')
     assert [n for n in found if not n.startswith('invertune.lab.profiles')] in ([], ['invertune.lab'])
+
+
+STAGES = yaml.safe_load((ROOT/'dvc.yaml').read_text(encoding='utf-8'))['stages']
+SHOWN = {'profiles', 'style', 'tables'} # places and looks: no row depends on them
+
+
+@pytest.mark.parametrize('stage', [name for name in STAGES if (PACKAGE/'lab'/f'{name}.py').exists()])
+def test_a_stage_runs_again_when_an_experiment_that_it_borrows_from_changes(stage):
+    own = PACKAGE/'lab'/f'{stage}.py'
+    borrowed = {name.split('.')[2] for name in inside(imported(own), 'invertune.lab') if name.count('.') > 1} - SHOWN
+    assert {f'invertune/lab/{name}.py' for name in {stage, *borrowed}} <= set(STAGES[stage]['deps'])
 
 
 BLOCKED = '''

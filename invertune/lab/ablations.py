@@ -28,19 +28,12 @@ _PARTS = { # parameters of `tune`
     'no activation term': dict(weights=dict(activation=0.)),
     'no embedding term': dict(weights=dict(embedding=0.)),
     'no restoring term': dict(weights=dict(restore=0.)),
-    'no margin': dict(weights=dict(margin=0.)),
-    'no prototype': dict(weights=dict(prototype=False)),
     'no decision term': dict(weights=dict(decision=0.)),
     'no preserving term': dict(weights=dict(preserve=0.)),
     'bank alone': dict(mover=dict(others=0.)),
     'dictionary alone': dict(mover=dict(others=1.)),
     'triggers that stand still': dict(mover=dict(steps=0)),
-    'fresh triggers alone': dict(mover=dict(anew=1.)),
-    'fresh triggers where found': dict(mover=dict(wander=7)),
-    'clean images as they are': dict(mover=dict(varied=0.)),
     'all the way': dict(alpha=1.),
-    'statistics that stand still': dict(statistics=('absorb',)),
-    'statistics not absorbed': dict(statistics=('follow',)),
     'statistics as received': dict(statistics=())}
 
 # %% ../../nbs/lab/08_ablations.ipynb #a1380599
@@ -73,7 +66,6 @@ _BANKS = { # (case, target, the bank that was inverted) -> Bank
     'patches alone': lambda case,target,bank: _only(bank, lambda family: family in _PATCHES),
     'whole images alone': lambda case,target,bank: _only(bank, lambda family: family not in _PATCHES),
     'published inversion': lambda case,target,bank: invert_paper(case, target),
-    'full strength': lambda case,target,bank: invert(case, target, strength=1., seed=case.seed),
     'no inversion': lambda case,target,bank: _uninverted(case)}
 
 _PUBLISHED = 'published tuning'

@@ -11,94 +11,73 @@ from functools import partial
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..defender import Defender
-from ..defenses import defend
-from .style import SMALL, WIDTH, figure, look
-from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank
-from ..runtime import InvertuneError
+from .style import WIDTH, figure, legend, look
+from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank, shown_name
+from .unseen import _defended
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
-def _measure(victim, sizes, params, defense='invertune'):
-    "Rows of the defense with each number of images, taken evenly from the defender's set."
-    own, rows = victim.dataset['defender'], []
-    if max(sizes) > len(own):
-        raise InvertuneError(f'sizes asks for {max(sizes)} images, but the defender has {len(own)}')
-    for n in sizes:
-        few = own.sample(n)
-        defender = Defender(few.images, few.captions, victim.dataset.classes, victim.dataset.templates)
-        made, report = defend(defense, victim.clip, defender, victim.seed, **params)
-        rows += victim.rows(made, defense, report, images=n)
-    return rows
-
-# %% ../../nbs/lab/09_scarce.ipynb #6ac61a13
-def _label_ends(ax, ends, x):
-    "Write each name beside the end of its line: {name: y} at x, the y limits of `ax` having been set."
-    low, high = ax.get_ylim()
-    gap = (high - low)*1.25*SMALL/72/(ax.get_position().height*ax.figure.get_figheight())
-    names = sorted(ends, key=ends.get)
-    places = [ends[name] for name in names]
-    for _ in range(200): # neighbours that are too close push each other away
-        for k in range(len(places) - 1):
-            push = max(0, gap - places[k + 1] + places[k])/2
-            places[k], places[k + 1] = places[k] - push, places[k + 1] + push
-    aside = max(0, low - places[0]) or -max(0, places[-1] - high)
-    places = [place + aside for place in places]
-    for name, y in zip(names, places):
-        ax.annotate(name, (x, y), (3, 0), textcoords='offset points', va='center', fontsize=SMALL, color='.25',
-                    annotation_clip=False)
+def _measure(victim, params, sizes):
+    "Rows of the undefended model, and of every defense with each number of images, taken evenly from the defender's."
+    return victim.rows(victim.clip, 'none', images=0) + _defended(victim, params, sizes)
 
 # %% ../../nbs/lab/09_scarce.ipynb #59749ca7
-def _table(rows):
-    "Every attack and number of images, percent."
-    def line(row):
-        return dict(attack=row['attack'], images=row['images'], **{key: 100*row[key] for key in ('asr','robust','ca')},
-                    found=row['found'] or '',
-                    named='yes' if row['found'] == row['target'] else 'no', note=_note([row]))
-    return pd.DataFrame([line(row)
-                         for row in sorted(rows, key=lambda row: (rank(row['attack']), row['images']))]).round(2)
+_RATES = {'asr': 'attack success rate, %', 'robust': 'robust accuracy, %', 'ca': 'clean accuracy, %'}
 
-def _lines(ax, rows, key, label):
-    "One rate over the number of images."
-    sizes, attacks, how = sorted({row['images'] for row in rows}), sorted({row['attack'] for row in rows},
-        key=rank), look('invertune')
-    ends, kept = {}, [row for row in rows if not is_lost(row)]
-    for attack in attacks:
-        own = sorted((row for row in rows if row['attack'] == attack), key=lambda row: row['images'])
-        ax.plot([row['images'] for row in own], [100*row[key] for row in own], color='.7', lw=.8)
-        for row in own: ax.plot(row['images'], 100*row[key], 'o', ms=3, color='.55', mec='.55',
-                                mfc='white' if is_lost(row) else '.55')
-        ends[attack] = 100*own[-1][key]
-    means = {n: [100*row[key] for row in kept if row['images'] == n] for n in sizes}
-    ax.plot(sizes, [sum(v)/len(v) if v else float('nan') for v in means.values()], lw=1.8, ms=4, zorder=3, **how)
-    ax.set(xscale='log', xlabel="defender's clean images", ylabel=label)
+def _groups(rows):
+    "Rows of each defense and number of images, in the order of the table."
+    groups = {}
+    for row in rows: groups.setdefault((row['defense'], row['images']), []).append(row)
+    return dict(sorted(groups.items(), key=lambda group: (rank('all', group[0][0]), group[0][1])))
+
+def _means(rows): return {key: sum(100*row[key] for row in kept_rows(rows))/len(kept_rows(rows)) for key in _RATES}
+
+def _named(rows):
+    "How many of the labels were named; nothing where a defense names none."
+    if not any(row['found'] for row in rows): return ''
+    return f"{sum(row['found'] == row['target'] for row in rows)} of {len(rows)}"
+
+def _images(n): return str(n or '')
+
+def _table(rows):
+    "Means over the attacks, and every attack, percent."
+    def line(attack, defense, images, own):
+        return dict(attack=attack, defense=defense, images=_images(images), **_means(own), named=_named(own), note=_note(own))
+    all_of = [line('all', *key, own) for key, own in _groups(rows).items()]
+    each = sorted(rows, key=lambda row: (rank(row['attack'], row['defense']), row['images']))
+    return pd.DataFrame(all_of + [line(*(row[k] for k in ('attack','defense','images')), [row]) for row in each]).round(2)
+
+def _lines(ax, rows, key):
+    "One rate of every defense over the number of images; the undefended model as a level."
+    groups = _groups(rows)
+    ax.axhline(_means(groups.pop(('none', 0)))[key], color=look('none')['color'], lw=.8, ls=(0, (3, 2)))
+    for (name, n), own in groups.items():
+        for row in own:
+            face = dict(mfc='none', mec='#9a9a9a') if is_lost(row) else dict(mec='white', mew=.2, alpha=.6)
+            ax.plot(n, 100*row[key], ls='', ms=3, clip_on=False, **look(name) | face)
+    for name in dict.fromkeys(name for name, _ in groups):
+        means = {n: _means(own)[key] for (defense, n), own in groups.items() if defense == name}
+        ax.plot([*means], [*means.values()], lw=1.4, color=look(name)['color'], zorder=3)
+    sizes = sorted({n for _, n in groups})
+    ax.set(xscale='log', xlabel="defender's clean images", ylabel=_RATES[key], ylim=(-2, 102))
     ax.set_xticks(sizes, map(str, sizes)); ax.minorticks_off()
-    return ends
 
 @figure
 def _curves(rows):
     "ASR, robust accuracy and CA over the number of images."
-    fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 2.3))
-    labels = ('attack success rate, %', 'triggered images read as they are, %', 'clean accuracy, %')
-    ends = [_lines(ax, rows, key, label) for ax,key,label in zip(axs, ('asr','robust','ca'), labels)]
-    for ax in axs[:2]: ax.set_ylim(-2, 102)
-    kept = [100*row['ca'] for row in rows if not is_lost(row)] or [0, 100]
-    axs[2].set_ylim(min(kept) - 3, max(kept) + 2)
-    if lost := sum(map(is_lost, rows)): axs[2].set_title(f'lost models, under the axis: {lost}', fontsize=SMALL,
-                                                         loc='left')
-    for ax, own in zip(axs, ends): _label_ends(ax, own, max(row['images'] for row in rows))
+    fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 2.4))
+    for ax, key in zip(axs, _RATES): _lines(ax, rows, key)
+    legend(fig, list(dict.fromkeys(name for name, _ in _groups(rows))), any(map(is_lost, rows)))
     return fig
 
 # %% ../../nbs/lab/09_scarce.ipynb #144e6baa
 def _said(rows):
-    "What each number of images comes to."
-    def told(n):
-        own = [row for row in rows if row['images'] == n]
-        kept = kept_rows(own)
-        mean = lambda key: 100*sum(row[key] for row in kept)/len(kept)
-        named = sum(row['found'] == row['target'] for row in own)
-        return (f"{n} images: the label named {named} of {len(own)} times, a mean ASR of {mean('asr'):.2f} % "
-                f"at a CA of {mean('ca'):.2f} %.")
-    return [told(n) for n in sorted({row['images'] for row in rows})]
+    "What each defense and number of images comes to."
+    def told(defense, n, own):
+        mean, named = _means(own), _named(own)
+        return (f"{shown_name(defense)}{f' with {n} images' if n else ''}: a mean ASR of {mean['asr']:.2f} %, "
+                f"{mean['robust']:.2f} % of the triggered images read as what they are, a CA of {mean['ca']:.2f} %"
+                f"{f', the label named {named} times' if named else ''}.")
+    return [told(*key, own) for key, own in _groups(rows).items()]
 
 scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'),
                     tables={'table': _table}, figures={'figure': _curves}, said=_said, measure=_measure)
