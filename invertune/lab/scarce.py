@@ -6,6 +6,7 @@
 __all__ = ['scarce']
 
 # %% ../../nbs/lab/09_scarce.ipynb #c76accec
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -14,11 +15,19 @@ import pandas as pd
 from .style import WIDTH, figure, legend, look
 from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank, shown_name
 from .unseen import _defended
+from ..model import tiny_clip
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
+def _scratch(victim, params, sizes):
+    "The same numbers of images, and a model of the same shape that has learned nothing."
+    shape = {k: v for k, v in victim.clip.config.items() if k not in ('kind','mean','std')}
+    blank = replace(victim, clip=tiny_clip(**shape, seed=victim.seed))
+    return [row | dict(defense='scratch') for row in _defended(blank, params, sizes)]
+
 def _measure(victim, params, sizes):
-    "Rows of the undefended model, and of every defense with each number of images, taken evenly from the defender's."
-    return victim.rows(victim.clip, 'none', images=0) + _defended(victim, params, sizes)
+    "Rows of the undefended model, of every defense with each number of images, taken evenly from the defender's, and of scratch."
+    rows = victim.rows(victim.clip, 'none', images=0) + _defended(victim, params, sizes)
+    return rows + (_scratch(victim, {'ft': params['ft']}, sizes) if 'ft' in params else [])
 
 # %% ../../nbs/lab/09_scarce.ipynb #59749ca7
 _RATES = {'asr': 'attack success rate, %', 'robust': 'robust accuracy, %', 'ca': 'clean accuracy, %'}
