@@ -6,37 +6,44 @@
 __all__ = ['scarce']
 
 # %% ../../nbs/lab/09_scarce.ipynb #c76accec
-from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from .selection import _words
 from .style import WIDTH, figure, legend, look
 from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank, shown_name
 from .unseen import _defended
-from ..model import tiny_clip
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
-def _scratch(victim, params, sizes):
-    "The same numbers of images, and a model of the same shape that has learned nothing."
-    shape = {k: v for k, v in victim.clip.config.items() if k not in ('kind','mean','std')}
-    blank = replace(victim, clip=tiny_clip(**shape, seed=victim.seed))
-    return [row | dict(defense='scratch') for row in _defended(blank, params, sizes)]
-
-def _measure(victim, params, sizes):
-    "Rows of the undefended model, of every defense with each number of images, taken evenly from the defender's, and of scratch."
-    rows = victim.rows(victim.clip, 'none', images=0) + _defended(victim, params, sizes)
-    return rows + (_scratch(victim, {'ft': params['ft']}, sizes) if 'ft' in params else [])
+def _measure(victim, params, sizes, rates={}):
+    "Rows of the undefended model, and of every defense with each number of images, some with several learning rates."
+    rows = victim.rows(victim.clip, 'none', images=0)
+    for name, own in params.items():
+        for more in [dict(lr=lr) for lr in rates.get(name, ())] or [{}]:
+            rows += [row | dict(setting=more) for row in _defended(victim, {name: own | more}, sizes)]
+    return rows
 
 # %% ../../nbs/lab/09_scarce.ipynb #59749ca7
-_RATES = {'asr': 'attack success rate, %', 'robust': 'robust accuracy, %', 'ca': 'clean accuracy, %'}
-
-def _groups(rows):
+def _groups(rows, *more):
     "Rows of each defense and number of images, in the order of the table."
     groups = {}
-    for row in rows: groups.setdefault((row['defense'], row['images']), []).append(row)
+    for row in rows: groups.setdefault((row['defense'], row['images'], *(_words(row.get(k, {})) for k in more)), []).append(row)
     return dict(sorted(groups.items(), key=lambda group: (rank('all', group[0][0]), group[0][1])))
+
+def _score(rows):
+    "What the selection chooses by."
+    return sum(2*row['ca'] + min(row['robust'], row['robust_clean']) - row['asr'] for row in rows)/len(rows)
+
+def _best(rows):
+    "Of each defense and number of images the rows of the best setting."
+    tried = {}
+    for (defense, n, _), own in _groups(rows, 'setting').items(): tried.setdefault((defense, n), []).append(own)
+    return [row for several in tried.values() for row in max(several, key=_score)]
+
+# %% ../../nbs/lab/09_scarce.ipynb #9a3c1d03
+_RATES = {'asr': 'attack success rate, %', 'robust': 'robust accuracy, %', 'ca': 'clean accuracy, %'}
 
 def _means(rows): return {key: sum(100*row[key] for row in kept_rows(rows))/len(kept_rows(rows)) for key in _RATES}
 
@@ -45,15 +52,17 @@ def _named(rows):
     if not any(row['found'] for row in rows): return ''
     return f"{sum(row['found'] == row['target'] for row in rows)} of {len(rows)}"
 
-def _images(n): return str(n or '')
-
 def _table(rows):
-    "Means over the attacks, and every attack, percent."
-    def line(attack, defense, images, own):
-        return dict(attack=attack, defense=defense, images=_images(images), **_means(own), named=_named(own), note=_note(own))
-    all_of = [line('all', *key, own) for key, own in _groups(rows).items()]
-    each = sorted(rows, key=lambda row: (rank(row['attack'], row['defense']), row['images']))
-    return pd.DataFrame(all_of + [line(*(row[k] for k in ('attack','defense','images')), [row]) for row in each]).round(2)
+    "Means over the attacks for every setting, and every attack with the best one, percent."
+    best = _best(rows)
+    def line(attack, defense, images, setting, own):
+        note = ', '.join(filter(None, [_note(own), 'best' if attack == 'all' and setting and own[0] in best else '']))
+        return dict(attack=attack, defense=defense, setting=setting, images=str(images or ''), **_means(own),
+                    named=_named(own), note=note)
+    means = [line('all', *key, own) for key, own in _groups(rows, 'setting').items()]
+    each = sorted(best, key=lambda row: (rank(row['attack'], row['defense']), row['images']))
+    return pd.DataFrame(means + [line(row['attack'], row['defense'], row['images'], _words(row.get('setting', {})), [row])
+                                 for row in each]).round(2)
 
 def _lines(ax, rows, key):
     "One rate of every defense over the number of images; the undefended model as a level."
@@ -72,21 +81,22 @@ def _lines(ax, rows, key):
 
 @figure
 def _curves(rows):
-    "ASR, robust accuracy and CA over the number of images."
+    "ASR, robust accuracy and CA over the number of images, each defense with its best setting."
+    best = _best(rows)
     fig,axs = plt.subplots(1, 3, figsize=(WIDTH, 2.4))
-    for ax, key in zip(axs, _RATES): _lines(ax, rows, key)
-    legend(fig, list(dict.fromkeys(name for name, _ in _groups(rows))), any(map(is_lost, rows)))
+    for ax, key in zip(axs, _RATES): _lines(ax, best, key)
+    legend(fig, list(dict.fromkeys(name for name, _ in _groups(best))), any(map(is_lost, best)))
     return fig
 
 # %% ../../nbs/lab/09_scarce.ipynb #144e6baa
 def _said(rows):
     "What each defense and number of images comes to."
     def told(defense, n, own):
-        mean, named = _means(own), _named(own)
-        return (f"{shown_name(defense)}{f' with {n} images' if n else ''}: a mean ASR of {mean['asr']:.2f} %, "
-                f"{mean['robust']:.2f} % of the triggered images read as what they are, a CA of {mean['ca']:.2f} %"
-                f"{f', the label named {named} times' if named else ''}.")
-    return [told(*key, own) for key, own in _groups(rows).items()]
+        mean, named, setting = _means(own), _named(own), _words(own[0].get('setting', {}))
+        return (f"{shown_name(defense)}{f' with {n} images' if n else ''}{f' ({setting}, its best)' if setting else ''}: a mean ASR "
+                f"of {mean['asr']:.2f} %, {mean['robust']:.2f} % of the triggered images read as what they are, a CA of "
+                f"{mean['ca']:.2f} %{f', the label named {named} times' if named else ''}.")
+    return [told(*key, own) for key, own in _groups(_best(rows)).items()]
 
 scarce = Experiment('scarce', 'How few clean images are enough?', partial(attack_rows, 'scarce'),
                     tables={'table': _table}, figures={'figure': _curves}, said=_said, measure=_measure)
