@@ -27,18 +27,19 @@ def victim(took=True):
 
 
 def test_one_victim_is_defended_with_few_and_with_all_images():
-    rows = unseen.measure(victim(), {'none': {}, 'ft': dict(epochs=1, bs=16)}, [32, 0])
-    assert [(r['defense'], r['images']) for r in rows] == [('none', 0), ('ft', 32), ('ft', 0)]
+    short = dict(epochs=1, bs=16)
+    rows = unseen.measure(victim(), {'none': {}, 'ft': short, 'cleanclip': short}, {'ft': [32, 0]})
+    assert [(r['defense'], r['images']) for r in rows] == [('none', 0), ('ft', 32), ('ft', 0), ('cleanclip', 0)]
     assert all(r['kind'] == 'wave' and r['took'] and r['strength'] == 1. and r['robust_clean'] <= 1 for r in rows)
 
 
 def test_what_did_not_take_is_not_defended():
-    row, = unseen.measure(victim(took=False), {'none': {}, 'ft': {}}, [0])
+    row, = unseen.measure(victim(took=False), {'none': {}, 'ft': {}}, {})
     assert row['defense'] == 'none' and row['took'] is False
 
 
 def test_more_images_than_the_defender_has_are_refused():
-    with pytest.raises(InvertuneError, match='the defender has'): unseen.measure(victim(), {'ft': {}}, [10**6])
+    with pytest.raises(InvertuneError, match='the defender has'): unseen.measure(victim(), {'ft': {}}, {'ft': [10**6]})
 
 
 # What is counted

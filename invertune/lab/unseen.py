@@ -39,11 +39,11 @@ def _defended(victim, params, sizes):
     return rows
 
 def _measure(victim, params, sizes):
-    "The rows of one victim, the undefended one first."
+    "The rows of one victim, the undefended one first; `sizes`: {defense: numbers of images}, all for the others."
     asked = params.get('invertune', {}).get('identify', {})
     calm = scan(victim.clean, victim.defender, zlib.crc32(victim.attack.encode()) % 1000, **asked).score
     rows = victim.rows(victim.clip, 'none', images=0, score_clean=calm)
-    if victim.took: rows += _defended(victim, params, sizes)
+    if victim.took: rows += [row for name in params for row in _defended(victim, {name: params[name]}, sizes.get(name, [0]))]
     return [row | dict(took=victim.took) for row in rows]
 
 # %% ../../nbs/lab/07_unseen.ipynb #85fe6728
