@@ -1,14 +1,18 @@
 "One word an experiment: module, stage, parameters, page; what was chosen is not at an edge; the zoo is pinned."
 import importlib
 import json
+from functools import partial
 
 import nbformat
 import pytest
 
-from invertune.attacks import ATTACKS, register_attack
+from invertune.attacks import ATTACKS, demo, register_attack
+from invertune.defender import Case
+from invertune.invert import Bank
 from invertune.lab.profiles import EXPERIMENTS, NBS, RESULTS, load_params, named_params
 from invertune.lab.tables import Experiment
 from invertune.lab.zoo import zoo_group
+from invertune.search import FAMILIES, random_perturbation
 
 
 def of(word): return getattr(importlib.import_module(f'invertune.lab.{word}'), word)
@@ -46,6 +50,17 @@ def test_the_variants_of_the_ablations_are_there():
     assert set(load_params()['ablations']['variants']) == known - {module._WHOLE}
 
 
+def test_every_variant_of_the_ablations_runs(monkeypatch):
+    "Each with as little of everything as there is; inversions pass whatever they reach, for the tuning has to be run."
+    module, d = importlib.import_module('invertune.lab.ablations'), demo()
+    monkeypatch.setattr(module, 'invert', partial(module.invert, draws=2, keep=1, steps=2, trial=1, gate=0.))
+    monkeypatch.setattr(module, 'invert_paper', partial(module.invert_paper, steps=20, gate=0., limit=1.))
+    case, bank = Case(d.bad, d.defender), Bank([random_perturbation(family, 32) for family in FAMILIES], [1.]*len(FAMILIES))
+    for name in [*module._PARTS, *module._BANKS, *module._LESS, module._PUBLISHED]:
+        made, failed = module._ablate(name, case, 0, bank, steps=2)
+        assert made is not d.bad and not failed, name
+
+
 # Selection
 
 def tried(defense, setting, ca, asr, attack='badnet', robust=0.):
@@ -72,10 +87,6 @@ def test_the_rule_counts_clean_accuracy_twice(module):
 
 
 def test_settings_that_share_a_tuning_are_as_if_each_were_tuned(module):
-    from invertune.attacks import demo
-    from invertune.defender import Case
-    from invertune.invert import Bank
-    from invertune.search import random_perturbation
     from invertune.tune import tune
     d, run = demo(), module._shared_tuning()
     case, bank = Case(d.bad, d.defender), Bank([random_perturbation('patch', 32)], [1.])

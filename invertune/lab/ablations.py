@@ -18,6 +18,7 @@ from .style import LOST, SMALL, WIDTH, figure, look
 from .tables import Experiment, attack_rows, is_lost, kept_rows
 from ..runtime import InvertuneError, load_json, progress
 from ..search import FAMILIES, random_perturbation
+from ..triggers import Trigger
 from ..tune import tune, tune_paper
 
 # %% ../../nbs/lab/08_ablations.ipynb #aca54068
@@ -47,6 +48,11 @@ def _first(bank, number, early):
     "The first triggers of a bank, with no more than so many early ones."
     return Bank(bank.triggers[:number], bank.asr[:number], bank.gate, bank.limit, early=min(number, early))
 
+def _as_patches(bank):
+    "Published masks as patches: the family of which fresh triggers are drawn beside them."
+    triggers = [Trigger(t.kind, t.tensors, **t.meta | dict(family='patch')) for t in bank.triggers]
+    return Bank(triggers, bank.asr, bank.gate, bank.limit)
+
 def _uninverted(case, each=8):
     "Random members of every family: a bank whose inverted ASR nobody has asked for."
     side,gen = case.images.shape[-1], torch.Generator().manual_seed(case.seed)
@@ -65,7 +71,7 @@ _BANKS = { # (case, target, the bank that was inverted) -> Bank
     'nothing as it was found': lambda case,target,bank: _first(bank, len(bank), 0),
     'patches alone': lambda case,target,bank: _only(bank, lambda family: family in _PATCHES),
     'whole images alone': lambda case,target,bank: _only(bank, lambda family: family not in _PATCHES),
-    'published inversion': lambda case,target,bank: invert_paper(case, target),
+    'published inversion': lambda case,target,bank: _as_patches(invert_paper(case, target)),
     'no inversion': lambda case,target,bank: _uninverted(case)}
 
 _PUBLISHED = 'published tuning'
