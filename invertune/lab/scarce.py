@@ -11,10 +11,10 @@ from functools import partial
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .selection import _words
+from .selection import _line_of, _words
 from .style import WIDTH, figure, legend, look
 from .tables import Experiment, _note, attack_rows, is_lost, kept_rows, rank, shown_name
-from .unseen import _defended
+from .unseen import _asks, _defended, _is_named
 
 # %% ../../nbs/lab/09_scarce.ipynb #fa4dec8c
 def _measure(victim, params, sizes, rates={}):
@@ -33,8 +33,8 @@ def _groups(rows, *more):
     return dict(sorted(groups.items(), key=lambda group: (rank('all', group[0][0]), group[0][1])))
 
 def _score(rows):
-    "What the selection chooses by."
-    return sum(2*row['ca'] + min(row['robust'], row['robust_clean']) - row['asr'] for row in rows)/len(rows)
+    "What the selection chooses by; a row of the undefended model has no setting."
+    return sum(_line_of({'setting': {}} | row)['score'] for row in rows)/len(rows)
 
 def _best(rows):
     "Of each defense and number of images the rows of the best setting."
@@ -49,8 +49,7 @@ def _means(rows): return {key: sum(100*row[key] for row in kept_rows(rows))/len(
 
 def _named(rows):
     "How many of the labels were named; nothing where a defense names none."
-    if not any(row['found'] for row in rows): return ''
-    return f"{sum(row['found'] == row['target'] for row in rows)} of {len(rows)}"
+    return f'{sum(map(_is_named, rows))} of {len(rows)}' if _asks(rows) else ''
 
 def _table(rows):
     "Means over the attacks for every setting, and every attack with the best one, percent."
