@@ -436,15 +436,6 @@ def _others(
     return torch.cat([made(x[:half])] + [draw()(part) for part in x[half:].split(mover['each'])])
 
 # %% ../nbs/method/13_tune.ipynb #fa0b08f9
-def _warm_adamw(
-    clip:Clip, # its image tower is trained
-    steps:int, # in all: a tenth of them to warm up, then a cosine to zero
-    lr:float, # the peak
-)->tuple: # AdamW, its schedule
-    "The optimiser of one tuning."
-    opt = torch.optim.AdamW(clip.model.visual.parameters(), lr=lr, weight_decay=1e-4, fused=True)
-    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: cosine_lr(step, steps, 1., max(1, steps//10)))
-
 def _step_triggered(
     tuned:Clip, # the model as it is now
     x:torch.Tensor, # pixels of clean images [bs,3,H,W]
@@ -465,6 +456,27 @@ def _step_triggered(
     if k < n: made.append(_moved(tuned, x[k:n], bank[step % len(bank)], goal, gen, mover))
     if n < len(x): made.append(_others(tuned, x[n:], pool, step, families, goal, gen, mover))
     return torch.cat(made)
+
+# %% ../nbs/method/13_tune.ipynb #fa0b0801
+_NORMALISATIONS = torch.nn.modules.batchnorm._BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm
+_ENOUGH = 500 # images; with fewer, the weights that are many learn more slowly in proportion
+
+def _normalisation(clip:Clip)->list: # weights and biases, of the image tower
+    return [p for m in clip.model.visual.modules() if isinstance(m, _NORMALISATIONS) for p in m.parameters(recurse=False)]
+
+def _warm_adamw(
+    clip:Clip, # its image tower is trained
+    steps:int, # in all: a tenth of them to warm up, then a cosine to zero
+    lr:float, # the peak
+    norm:float, # times that, for weights and biases of normalisations
+    n_images:int, # that are tuned on
+)->tuple: # AdamW, its schedule
+    "The optimiser of one tuning."
+    tower,few = clip.model.visual, _normalisation(clip)
+    own = set(map(id, few))
+    many = dict(params=[p for p in tower.parameters() if id(p) not in own], lr=min(1, n_images/_ENOUGH) * lr)
+    opt = torch.optim.AdamW([dict(params=few, lr=norm*lr), many], weight_decay=1e-4, fused=True)
+    return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: cosine_lr(step, steps, 1., max(1, steps//10)))
 
 # %% ../nbs/method/13_tune.ipynb #5e771e01
 @torch.no_grad()
@@ -487,6 +499,7 @@ def tune(
     bank:Bank, # inverted triggers; those that reach its gate are used
     steps:int=200, # of AdamW
     lr:float=2e-3, # its peak rate
+    norm:float=10., # times that rate, for the weights and biases of normalisations
     bs:int=48, # images a step
     weights:dict={}, # of the terms; what is not named is as in `WEIGHTS`
     mover:dict={}, # of each step's triggers; see `MOVER`
@@ -503,7 +516,7 @@ def tune(
     head,images = case.head.to(tuned.device), case.images
     heads = [head, _prototypes(case.embeddings, head)] if s.weights['prototype'] else [head]
     found,aims = _inspect_layers(tuned, images[:512], bank[0], seed=seed), torch.stack([h[target] for h in heads])
-    (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr), []
+    (opt,sched),curve = _warm_adamw(tuned, s.steps, s.lr, norm, len(images)), []
     for step in progress(range(s.steps), desc='tune', unit='step'):
         x = pixels(images[torch.randperm(len(images), generator=gen)[:s.bs]], tuned.device)
         x = _varied(x, s.mover['varied'], gen)

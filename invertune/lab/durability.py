@@ -114,10 +114,12 @@ def _curves(rows):
         ax.annotate(f'{_BAR:g} %', (1, _BAR), (-2, 2), xycoords=('axes fraction', 'data'), textcoords='offset points',
                     ha='right', fontsize=SMALL)
         ax.set_xscale('symlog', linthresh=5)
-        ax.set(xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-2, 102),
+        ax.set(xlabel='steps of clean fine-tuning', title=f'lr {setting[0]:g}, {setting[1]}', ylim=(-.1, 105),
                xlim=(0, step[-1]))
         ticks = [s for s in (0, 1, 3, 10, 30, 100, 300, 1000) if s == 0 or s in step]
-        ax.set_xticks(ticks, map(str, ticks)); ax.minorticks_off()
+        ax.set_xticks(ticks, map(str, ticks))
+        ax.set_yscale('symlog', linthresh=2)
+        ax.set_yticks(levels := [0, 1, 2, 5, 10, 20, 50, 100], map(str, levels)); ax.minorticks_off()
     axs[0,0].set_ylabel('ASR, %: mean, and worst attack')
     if lost := len({(r['attack'], r['defense']) for r in rows
                     if _lost(r)}): fig.supxlabel(f'lost models, not drawn: {lost}', fontsize=SMALL)
