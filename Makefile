@@ -1,7 +1,7 @@
 # make tour       one backdoor planted, found, inverted and removed, in a minute
 # make repro      the data, the pipeline, the main table of one seed
 #                 PROFILE=photos for another profile, PROFILE=mine PHOTOS=folder for photographs of yours, JOBS=2 side by side
-# make seeds      the same for three seeds that nobody has looked at, each with a victim and a target of its own
+# make seeds      the same for three seeds on which nothing was chosen, each with a victim and a target of its own
 # make selection  how the hyper-parameters were chosen, on a seed that is never reported
 # make durability what clean fine-tuning brings back, for every defense
 # make unseen     a population of triggers that the defenses were not made for; make unseen-quick: a dozen of them

@@ -14,8 +14,8 @@ from invertune.model import Clip, load_clip, pixels, save_clip, tiny_clip
 from invertune.runtime import InvertuneError
 from invertune.search import FAMILIES, random_perturbation, sign_step
 from invertune.triggers import Trigger
-from invertune.tune import (_absorb_bn_stats, _inspect_layers, _prototypes, _select_layers, _update_bn_stats, _varied, between,
-                            tune, tune_paper)
+from invertune.tune import (_absorb_bn_stats, _ENOUGH, _inspect_layers, _prototypes, _select_layers, _update_bn_stats, _varied, _warm_adamw,
+                            between, tune, tune_paper)
 
 
 def says(sentence): return pytest.raises(InvertuneError, match=sentence)
@@ -71,6 +71,19 @@ def test_between_is_as_received_at_one_end_and_as_tuned_at_the_other(case, tuned
 def test_alpha_is_how_far_the_tuning_goes(case, bank, tuned):
     whole, half = tune(case, 4, bank, steps=4, alpha=1.)[0], tune(case, 4, bank, steps=4, alpha=.5)[0]
     assert same(state(half), state(between(case, whole, .5)))
+
+
+@pytest.mark.parametrize('tower, least', [('resnet', 14), ('vit', 8)])
+def test_normalisations_learn_faster_and_all_else_slower_where_images_are_few(tower, least):
+    "Every parameter of the image tower is in one of the two groups; the text tower in neither."
+    clip = tiny_clip(tower, image_size=32, width=8, text_width=32, text_layers=1, embed_dim=32, context=8)
+    def groups(n_images):
+        few, many = _warm_adamw(clip, 10, 1e-3, 5., n_images)[0].param_groups
+        return few['params'], many['params'], few['initial_lr'], many['initial_lr']
+    few, many, fast, slow = groups(_ENOUGH)
+    assert {*map(id, few)} | {*map(id, many)} == {*map(id, clip.model.visual.parameters())} and not {*map(id, few)} & {*map(id, many)}
+    assert len(few) > least and all(p.ndim == 1 for p in few) and (fast, slow) == pytest.approx((5e-3, 1e-3))
+    assert groups(_ENOUGH // 4)[2:] == pytest.approx((5e-3, 2.5e-4)) and groups(4*_ENOUGH)[2:] == (fast, slow)
 
 
 def test_micro_batches_have_the_gradient_of_the_whole(case, bank, monkeypatch):

@@ -35,6 +35,7 @@ _PARTS = { # parameters of `tune`
     'dictionary alone': dict(mover=dict(others=1.)),
     'triggers that stand still': dict(mover=dict(steps=0)),
     'all the way': dict(alpha=1.),
+    'one rate for all weights': dict(norm=1.),
     'statistics as received': dict(statistics=())}
 
 # %% ../../nbs/lab/08_ablations.ipynb #a1380599
@@ -77,25 +78,25 @@ _BANKS = { # (case, target, the bank that was inverted) -> Bank
 _PUBLISHED = 'published tuning'
 
 # %% ../../nbs/lab/08_ablations.ipynb #60f3babe
-def _ablate(name, case, target, bank, **params):
+def _ablate(name, case, target, bank, paper={}, **params):
     "One tuning that lacks one part: (a model, None or why there was nothing to tune against)."
     known = [*_PARTS, *_BANKS, *_LESS, _PUBLISHED]
     if name not in known: raise InvertuneError(f"unknown ablation '{name}': choose one of {', '.join(known)}")
     own = _BANKS[name](case, target, bank) if name in _BANKS else bank
     if name in _LESS: own = invert(case, target, **_LESS[name], seed=case.seed)
     if not own.passed: return case.clip, own.failed
-    if name == _PUBLISHED: return tune_paper(case, target, own)[0], None
+    if name == _PUBLISHED: return tune_paper(case, target, own, **paper)[0], None
     change = dict(families=_LESS[name]['families']) if name in _LESS else _PARTS.get(name, {})
     mixed = {key: params.get(key, {}) | value if isinstance(value, dict) else value for key,value in change.items()}
     return tune(case, target, own, **(params | mixed))[0], None
 
-def _measure(victim, target, bank, variants, whole=None, params={}):
+def _measure(victim, target, bank, variants, whole=None, params={}, paper={}):
     "Rows of the undefended model, the whole defense where it is given, and each variant."
     case, rows = Case(victim.clip, victim.defender, victim.seed), victim.rows(victim.clip, 'none', variant='undefended')
     index, told = case.index(target), dict(target=target, inverted_asr=bank.inverted_asr)
     if whole is not None: rows += victim.rows(whole, 'invertune', told | dict(failed=bank.failed), variant=_WHOLE)
     for name in progress(variants, desc='ablate', unit='variant'):
-        made, failed = _ablate(name, case, index, bank, **params)
+        made, failed = _ablate(name, case, index, bank, paper, **params)
         rows += victim.rows(made, 'invertune', told | dict(failed=failed), variant=name)
     return rows
 

@@ -158,7 +158,7 @@ def _is_changed(
 # %% ../../nbs/run/02_pages.ipynb #6a660002
 CLAIMS = {  # an experiment's word -> what its results show
     'main': 'Six backdoors take; what each defense leaves of them, and of the model',
-    'seeds': 'The same for clean models, targets and triggers that nobody looked at before',
+    'seeds': 'The same for three clean models, with targets and triggers of their own, on which nothing was chosen',
     'selection': 'How every hyper-parameter was chosen, on a seed and targets that no table reports',
     'durability': 'How much of a removed backdoor fine-tuning on clean pairs brings back',
     'unseen': 'A population of drawn triggers that no defense was made for, read on held-out kinds',
