@@ -182,9 +182,9 @@ def _load(profile):
                 identified={attack: (report(attack, 'invertune'), report(attack, 'invertune-paper'))
                             for attack in attacks})
 
-_TOLD = {'published tuning': 'With the published tuning after our inversion',
-         'published inversion': 'With our tuning after the published inversion',
-         'no inversion': 'With our tuning after none, by random members of the families'}
+_TOLD = {'published inversion': 'With our tuning after the published inversion',
+         'no inversion': 'With our tuning after none, by random members of the families',
+         'published tuning': 'With the published tuning after our inversion'}
 
 def _said(data):
     "What carries the result, and what does not."
