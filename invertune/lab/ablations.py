@@ -14,7 +14,7 @@ import torch
 from ..defender import Case
 from ..invert import Bank, invert, invert_paper
 from .profiles import result_dir, stage_params
-from .style import LOST, SMALL, WIDTH, figure, look
+from .style import LOST, SMALL, WIDTH, _small_percents, figure, look
 from .tables import Experiment, attack_rows, is_lost, kept_rows
 from ..runtime import InvertuneError, load_json, progress
 from ..search import FAMILIES, random_perturbation
@@ -150,10 +150,8 @@ def _strip(ax, rows, names, key):
             ax.plot(100*row[key], y, 'o', clip_on=False, **how)
     ax.axvline(100*np.mean([row[key] for row in rows if row['variant'] == _WHOLE and not is_lost(row)]), color=color,
                lw=.8, ls=(0, (4, 3)), zorder=0)
+    if key == 'asr': _small_percents(ax, 'x')
     ax.set(xlim=(-.1 if key == 'asr' else -1, 101), ylim=(len(names) - .4, -.6))
-    if key == 'asr': # most are small
-        ax.set_xscale('symlog', linthresh=2)
-        ax.set_xticks(ticks := [0, 1, 2, 5, 10, 20, 50, 100], map(str, ticks)); ax.minorticks_off()
     ax.tick_params('y', length=0)
 
 @figure

@@ -12,7 +12,7 @@ import pandas as pd
 from collections.abc import Callable
 from functools import partial
 
-from .style import SMALL, WIDTH, figure, legend, look
+from .style import SMALL, WIDTH, _small_percents, figure, legend, look
 from .tables import Experiment, attack_rows, rank, shown_name, student
 from ..model import *
 from ..runtime import InvertuneError, progress
@@ -118,8 +118,7 @@ def _curves(rows):
                xlim=(0, step[-1]))
         ticks = [s for s in (0, 1, 3, 10, 30, 100, 300, 1000) if s == 0 or s in step]
         ax.set_xticks(ticks, map(str, ticks))
-        ax.set_yscale('symlog', linthresh=2)
-        ax.set_yticks(levels := [0, 1, 2, 5, 10, 20, 50, 100], map(str, levels)); ax.minorticks_off()
+        _small_percents(ax, 'y')
     axs[0,0].set_ylabel('ASR, %: mean, and worst attack')
     if lost := len({(r['attack'], r['defense']) for r in rows
                     if _lost(r)}): fig.supxlabel(f'lost models, not drawn: {lost}', fontsize=SMALL)

@@ -16,7 +16,7 @@ from ..defenses import defend
 from ..identify import identify, identify_paper
 from ..invert import invert, invert_paper
 from .profiles import result_dir, stage_params
-from .style import SMALL, WIDTH, figure, legend, look
+from .style import SMALL, WIDTH, _small_percents, figure, legend, look
 from .tables import Experiment, is_lost, rank, read_rows, shown_name
 from ..runtime import InvertuneError, progress
 from ..tune import between, tune, tune_paper
@@ -129,8 +129,6 @@ def _line(ax, lines, chosen, name, key):
     if chosen in lines.index:
         ax.plot(lines.loc[chosen, 'asr'], lines.loc[chosen, key], 'o', ms=8, mfc='none', mec=how['color'], mew=1.)
 
-_TICKS = 0, 1, 3, 10, 30, 100 # percent: below 1 the axis is linear, above it is logarithmic
-
 @figure
 def _frontier(rows):
     "CA and robust accuracy against ASR, every setting, means over the attacks."
@@ -142,7 +140,7 @@ def _frontier(rows):
         for name in names: _line(ax, shown[shown['defense'] == name], best[name], name, key)
         ax.plot(*means.loc[means['defense'] == 'none', ['asr', key]].iloc[0], ls='', ms=5, **look('none'))
         ax.set(xlabel='attack success rate, %', ylabel=label, xlim=(-.05, 130))
-        ax.set_xscale('symlog', linthresh=1.); ax.set_xticks(_TICKS, map(str, _TICKS)); ax.minorticks_off()
+        _small_percents(ax, 'x', 1., (0, 1, 3, 10, 30, 100))
     axs[1].set_ylim(-3, 103)
     if len(shown) < len(means): axs[0].set_title(f'settings that cost too much, not drawn: {len(means) - len(shown)}',
                                                  loc='left', fontsize=SMALL)

@@ -98,6 +98,18 @@ def dots(
     if kept: ax.plot([x - width, x + width], [np.mean(kept)]*2, color=kind['color'], lw=1.4, solid_capstyle='butt',
                      zorder=2)
 
+# %% ../../nbs/lab/02_style.ipynb #50875b10
+def _small_percents(
+    ax:plt.Axes, # whose scale and ticks change
+    axis:str, # 'x' or 'y'
+    linear:float=2., # percent: linear up to there, logarithmic from there on
+    ticks:tuple=(0, 1, 2, 5, 10, 20, 50, 100), # percent
+)->None:
+    "An axis on which small rates are told apart."
+    getattr(ax, f'set_{axis}scale')('symlog', linthresh=linear)
+    getattr(ax, f'set_{axis}ticks')(ticks, map(str, ticks))
+    ax.minorticks_off()
+
 # %% ../../nbs/lab/02_style.ipynb #50875b1c
 _METADATA = {'png': {'Software': None}, 'pdf': {'CreationDate': None, 'Creator': None, 'Producer': None}}
 
